@@ -1,0 +1,38 @@
+"""auto_trans: change the parallel strategy, restart the job, and its weights load.
+
+The public API is imported on first use: every interpreter of the environment imports this package for the hook, and must
+not pay for more.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from auto_trans.convert import ConversionReport as ConversionReport
+    from auto_trans.convert import convert as convert
+    from auto_trans.errors import AutoTransError as AutoTransError
+    from auto_trans.hooks.patches import install as install
+    from auto_trans.strategy import Strategy as Strategy
+    from auto_trans.strategy import merge_strategies as merge_strategies
+    from auto_trans.strategy import read_strategy as read_strategy
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AutoTransError": "auto_trans.errors",
+    "ConversionReport": "auto_trans.convert",
+    "Strategy": "auto_trans.strategy",
+    "convert": "auto_trans.convert",
+    "install": "auto_trans.hooks.patches",
+    "merge_strategies": "auto_trans.strategy",
+    "read_strategy": "auto_trans.strategy",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value

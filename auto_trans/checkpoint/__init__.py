@@ -1,0 +1,1 @@
+"""Bytes at rest: checkpoint files are found, read, written and published here."""

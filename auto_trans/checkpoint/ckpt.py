@@ -1,0 +1,291 @@
+"""MindSpore's ``.ckpt`` files at rest: find the tensors without reading them, write them as a stream.
+
+A ``.ckpt`` file is the protobuf message ``Checkpoint`` (``mindspore.train.checkpoint_pb2``)::
+
+    Checkpoint { repeated Value value = 1; }
+    Value      { string tag = 1; TensorProto tensor = 2; MapTensorProto maptensor = 3; }
+    TensorProto{ repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3; }
+
+Tensors above 512 MiB are stored as several values with the same tag and dims that follow each other. A file saved with
+``crc_check`` ends with ``crc_num`` and ten bytes. Reading walks the wire format with small reads at the record heads and
+skips the contents; a file of any size is scanned in milliseconds.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from auto_trans.errors import CorruptCheckpointError, EncryptedCheckpointError, UnsupportedCheckpointError
+from auto_trans.layout import Shape
+
+__all__ = ["CHUNK_BYTES", "CheckpointIndex", "StoredTensor", "content_digest", "encoded_size", "record_heads", "scan"]
+
+CHUNK_BYTES = 512 * 1024 * 1024
+
+# Bytes per element of the tensor types that MindSpore writes; "str" and "Int4" (two to a byte) are moved as a whole.
+_ITEM_BYTES = {
+    "Bool": 1, "Int8": 1, "UInt8": 1, "Int16": 2, "UInt16": 2, "Float16": 2, "BFloat16": 2,
+    "Int32": 4, "UInt32": 4, "Float32": 4, "Int64": 8, "UInt64": 8, "Float64": 8, "Complex64": 8, "Complex128": 16,
+}  # fmt: skip
+_READ_BYTES = 4 * 1024 * 1024
+_CRC_MARK, _CRC_BYTES = b"crc_num", 17
+# First bytes of an encrypted block: AES-GCM, AES-CBC, SM4-CBC.
+_ENCRYPTED = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        dtype: MindSpore's name of the type as stored, e.g. ``Float32``.
+        dims: The dims as stored; MindSpore stores those of some scalars as ``(0,)``.
+        segments: Where the contents lie, as (offset, bytes) in the file; several for chunked tensors.
+    """
+
+    dtype: str
+    dims: Shape
+    segments: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contents."""
+        return sum(n for _, n in self.segments)
+
+    @property
+    def shape(self) -> Shape:
+        """The shape; that of an opaque tensor (strings, packed integers) is one indivisible element."""
+        if self.item_bytes is None or (self.dims == (0,) and self.nbytes):
+            return ()
+        return self.dims
+
+    @property
+    def item_bytes(self) -> int | None:
+        """Bytes of an element, or None where elements are no whole bytes."""
+        return _ITEM_BYTES.get(self.dtype)
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """What a checkpoint file holds.
+
+    Attributes:
+        path: The file.
+        tensors: The tensors by name, in file order.
+        size: Bytes of the file when it was scanned.
+        mtime_ns: Its modification time when it was scanned.
+        crc: The crc32 stored in the file, or None.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    size: int
+    mtime_ns: int
+    crc: int | None = None
+
+
+def scan(path: Path) -> CheckpointIndex:
+    """Finds the tensors of a ``.ckpt`` file without reading their contents.
+
+    Raises:
+        EncryptedCheckpointError: The file is encrypted.
+        CorruptCheckpointError: It is truncated, empty or no checkpoint.
+        UnsupportedCheckpointError: It holds a MapParameter.
+    """
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        stat = os.fstat(fd)
+        if os.pread(fd, 4, 0) in _ENCRYPTED:
+            raise EncryptedCheckpointError(f"{path} is encrypted; decrypt it first (load and save it with dec_key)")
+        tail = os.pread(fd, _CRC_BYTES, max(0, stat.st_size - _CRC_BYTES))
+        crc = int.from_bytes(tail[-10:], "big") if tail.startswith(_CRC_MARK) and len(tail) == _CRC_BYTES else None
+        end = stat.st_size - (_CRC_BYTES if crc is not None else 0)
+        return CheckpointIndex(path, _scan_values(_Cursor(fd, path, end), path), stat.st_size, stat.st_mtime_ns, crc)
+    finally:
+        os.close(fd)
+
+
+class _Cursor:
+    """Reads protobuf primitives at a position of a file, through a small window."""
+
+    _WINDOW = 1024
+
+    def __init__(self, fd: int, path: Path, end: int) -> None:
+        self._fd, self._path, self.end = fd, path, end
+        self.position = 0
+        self._window, self._start = b"", 0
+
+    def corrupt(self, what: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"{self._path} is not a complete MindSpore checkpoint: {what} at byte {self.position} of {self.end}; it is "
+            f"truncated, damaged or of another format; copy or save it again"
+        )
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._take(1)[0]
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+            if shift > 63:
+                raise self.corrupt("invalid number")
+
+    def text(self, length: int) -> str:
+        try:
+            return self._take(length).decode()
+        except UnicodeDecodeError:
+            raise self.corrupt("invalid text") from None
+
+    def extent(self, limit: int) -> int:
+        """Reads a length and returns where what it measures ends."""
+        end = self.varint() + self.position
+        if end > limit:
+            raise self.corrupt(f"a record that ends at byte {end}")
+        return end
+
+    def skip(self, wire_type: int, limit: int) -> None:
+        if wire_type == _VARINT:
+            self.varint()
+        elif wire_type == _BYTES:
+            self.position = self.extent(limit)
+        elif wire_type in (_FIXED32, _FIXED64):
+            self._take(4 if wire_type == _FIXED32 else 8)
+        else:
+            raise self.corrupt("invalid field")
+
+    def _take(self, length: int) -> bytes:
+        if self.position + length > self.end:
+            raise self.corrupt("unexpected end")
+        begin = self.position - self._start
+        if begin < 0 or begin + length > len(self._window):
+            self._window = os.pread(self._fd, max(length, self._WINDOW), self.position)
+            self._start, begin = self.position, 0
+        self.position += length
+        return self._window[begin : begin + length]
+
+
+def _scan_values(cursor: _Cursor, path: Path) -> dict[str, StoredTensor]:
+    tensors: dict[str, StoredTensor] = {}
+    last = None
+    while cursor.position < cursor.end:
+        if cursor.varint() != (1 << 3 | _BYTES):
+            raise cursor.corrupt("an unknown record")
+        name, tensor = _scan_value(cursor, cursor.extent(cursor.end), path)
+        if name in tensors:
+            before = tensors[name]
+            if name != last or (before.dtype, before.dims) != (tensor.dtype, tensor.dims):
+                raise CorruptCheckpointError(f"{path} holds parameter {name} twice; save the checkpoint again")
+            tensor = StoredTensor(tensor.dtype, tensor.dims, before.segments + tensor.segments)
+        tensors[name] = tensor
+        last = name
+    if not tensors:
+        raise CorruptCheckpointError(f"{path} is empty; copy or save it again")
+    for name, tensor in tensors.items():
+        expected = math.prod(tensor.shape) * (tensor.item_bytes or 0)
+        if tensor.item_bytes is not None and tensor.nbytes != expected:
+            raise CorruptCheckpointError(
+                f"{path}: parameter {name} of shape {list(tensor.dims)} {tensor.dtype} needs {expected} bytes and has "
+                f"{tensor.nbytes}: the file is truncated or damaged; copy or save it again"
+            )
+    return tensors
+
+
+def _scan_value(cursor: _Cursor, end: int, path: Path) -> tuple[str, StoredTensor]:
+    name, tensor, is_map = "", None, False
+    while cursor.position < end:
+        field, wire_type = divmod(cursor.varint(), 8)
+        if (field, wire_type) == (1, _BYTES):
+            stop = cursor.extent(end)
+            name = cursor.text(stop - cursor.position)
+        elif (field, wire_type) == (2, _BYTES):
+            tensor = _scan_tensor(cursor, cursor.extent(end))
+        else:
+            is_map |= field == 3
+            cursor.skip(wire_type, end)
+    if is_map and (tensor is None or not tensor.dtype):
+        raise UnsupportedCheckpointError(
+            f"{path}: parameter {name} is a MapParameter (a hash table), which cannot be sliced; remove it first"
+        )
+    if not name or tensor is None or not tensor.dtype:
+        raise cursor.corrupt("a parameter without name or type")
+    return name, tensor
+
+
+def _scan_tensor(cursor: _Cursor, end: int) -> StoredTensor:
+    dims: list[int] = []
+    dtype, segment = "", (cursor.position, 0)
+    while cursor.position < end:
+        field, wire_type = divmod(cursor.varint(), 8)
+        if (field, wire_type) == (1, _VARINT):
+            dims.append(cursor.varint())
+        elif (field, wire_type) == (1, _BYTES):
+            stop = cursor.extent(end)
+            while cursor.position < stop:
+                dims.append(cursor.varint())
+        elif (field, wire_type) == (2, _BYTES):
+            stop = cursor.extent(end)
+            dtype = cursor.text(stop - cursor.position)
+        elif (field, wire_type) == (3, _BYTES):
+            stop = cursor.extent(end)
+            segment = (cursor.position, stop - cursor.position)
+            cursor.position = stop
+        else:
+            cursor.skip(wire_type, end)
+    return StoredTensor(dtype, tuple(dims), (segment,))
+
+
+def content_digest(index: CheckpointIndex, name: str) -> str:
+    """xxh3 digest of a tensor's contents."""
+    digest = xxhash.xxh3_128()
+    with open(index.path, "rb") as f:
+        for offset, nbytes in index.tensors[name].segments:
+            f.seek(offset)
+            while nbytes:
+                part = f.read(min(nbytes, _READ_BYTES))
+                if not part:
+                    raise CorruptCheckpointError(f"{index.path} became shorter while parameter {name} was read")
+                digest.update(part)
+                nbytes -= len(part)
+    return digest.hexdigest()
+
+
+def record_heads(name: str, dtype: str, dims: Shape, nbytes: int) -> Iterator[tuple[bytes, int]]:
+    """The records of a tensor as ``mindspore.save_checkpoint`` writes them.
+
+    Yields:
+        For every record the bytes before the contents, and how many bytes of contents follow them.
+    """
+    head = b"".join(b"\x08" + _varint(n) for n in dims) + _field(2, dtype.encode())
+    tag = _field(1, name.encode())
+    for start in range(0, max(nbytes, 1), CHUNK_BYTES):
+        length = min(CHUNK_BYTES, nbytes - start)
+        tensor = head + b"\x1a" + _varint(length)
+        value = tag + b"\x12" + _varint(len(tensor) + length) + tensor
+        yield b"\x0a" + _varint(len(value) + length) + value, length
+
+
+def encoded_size(name: str, dtype: str, dims: Shape, nbytes: int) -> int:
+    """Bytes that a tensor takes in a ``.ckpt`` file."""
+    return sum(len(head) + length for head, length in record_heads(name, dtype, dims, nbytes))
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return bytes([number << 3 | _BYTES]) + _varint(len(content)) + content

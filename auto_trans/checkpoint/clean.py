@@ -1,0 +1,72 @@
+"""Cleaning an output directory without ever deleting what is not ours."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Union
+
+from auto_trans.errors import OutputError, ProtectedSourceError
+
+__all__ = ["check_cleanable", "clean_folders"]
+
+PathLike = Union[str, "os.PathLike[str]"]
+
+
+def check_cleanable(folders: Iterable[Path], protected: Iterable[PathLike]) -> None:
+    """Checks that no protected path lies in a folder that would be deleted.
+
+    Args:
+        folders: The folders that are to be cleaned.
+        protected: Source weights and strategies: files or folders, in any spelling (relative, with a trailing slash,
+            through symlinks). What a folder's own symlinks lead to is protected, too.
+
+    Raises:
+        ProtectedSourceError: One does.
+    """
+    protected = [path for path in protected if path]
+    for folder in folders:
+        real = folder.resolve()
+        for path in protected:
+            for place in _places(Path(path).expanduser()):
+                if real == place or real in place.parents:
+                    raise ProtectedSourceError(
+                        f"{path} lies in {folder} (as {place}), which is cleaned at the start of a job with "
+                        f"auto_trans_ckpt: True; move it to another place, or set another output_dir"
+                    )
+
+
+def clean_folders(folders: Iterable[Path], protected: Iterable[PathLike]) -> None:
+    """Empties folders, and makes those that are missing.
+
+    Args:
+        folders: The folders to clean. One that is itself a symlink is replaced by a folder; what it led to is left alone.
+        protected: What must survive, see `check_cleanable`.
+
+    Raises:
+        ProtectedSourceError: A folder holds something protected; nothing is deleted then.
+        OutputError: A folder cannot be deleted or made.
+    """
+    folders = list(folders)
+    check_cleanable(folders, protected)
+    for folder in folders:
+        try:
+            if folder.is_symlink() or folder.is_file():
+                folder.unlink()
+            elif folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, mode=0o750)
+        except OSError as e:
+            raise OutputError(f"{folder} cannot be cleaned: {e}; set an output_dir that is writable") from e
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Where a path and, for a folder of rank folders, its files really lie."""
+    yield path.resolve()
+    if path.is_dir():
+        for child in path.iterdir():
+            yield child.resolve()
+            if child.name.startswith("rank_") and child.is_dir():
+                yield from (grandchild.resolve() for grandchild in child.iterdir())

@@ -1,0 +1,1 @@
+"""``auto-trans``, one module per subcommand."""

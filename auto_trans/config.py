@@ -1,0 +1,193 @@
+"""Settings: the documented YAML keys, our own environment variables, and what they may be.
+
+The only place that reads settings. The YAML keys are those of MindFormers' documentation; what it has no key for can be
+set in a YAML mapping ``auto_trans:`` or in the environment, which wins:
+
+=============================  ==============================  =========  ============================================
+YAML ``auto_trans:``           environment                     default    meaning
+=============================  ==============================  =========  ============================================
+``engine``                     ``AUTO_TRANS_ENGINE``           native     ``native``, or ``mindspore`` for its own API
+``memory_limit``               ``AUTO_TRANS_MEMORY_LIMIT``     64MiB      memory of a converter
+``join_timeout``               ``AUTO_TRANS_JOIN_TIMEOUT``     7200       seconds to wait for all ranks to arrive
+``heartbeat_timeout``          ``AUTO_TRANS_HEARTBEAT_TIMEOUT``  60       seconds without a sign of life: a rank is lost
+``stall_timeout``              ``AUTO_TRANS_STALL_TIMEOUT``    1800       seconds alive without progress: a rank hangs
+=============================  ==============================  =========  ============================================
+
+``AUTO_TRANS_DISABLE=1`` leaves MindFormers as it is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+from auto_trans.errors import ConfigError, ConfigTypeError
+from auto_trans.resources import parse_bytes
+
+__all__ = ["DEFAULT_MEMORY", "DEFAULT_TIMING", "ENGINES", "AutoTransConfig", "Timing", "parse_engine", "parse_memory"]
+
+ENGINES = ("native", "mindspore")
+DEFAULT_MEMORY = 64 * 1024 * 1024
+_LEAST_MEMORY = 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long ranks wait for each other, in seconds.
+
+    Attributes:
+        join_timeout: For all ranks to arrive; compiling takes some of them much longer than others.
+        heartbeat_interval: Between a busy rank's signs of life.
+        heartbeat_timeout: Without a sign of life, until a rank counts as lost.
+        stall_timeout: With signs of life but without progress, until a rank counts as hanging.
+        lock_timeout: For another job to leave the output directory.
+        poll_min: Between two looks at the directory, at first.
+        poll_max: ... after some time without news.
+        log_interval: Between two log lines of a waiting rank.
+    """
+
+    join_timeout: float = 7200.0
+    heartbeat_interval: float = 2.0
+    heartbeat_timeout: float = 60.0
+    stall_timeout: float = 1800.0
+    lock_timeout: float = 10.0
+    poll_min: float = 0.02
+    poll_max: float = 0.5
+    log_interval: float = 10.0
+
+
+DEFAULT_TIMING = Timing()
+
+
+@dataclass(frozen=True)
+class AutoTransConfig:
+    """The validated settings of an automatic conversion.
+
+    Attributes:
+        load_checkpoint: Complete file, folder of complete files, or folder of ``rank_N`` folders.
+        src_strategy: Strategy file or folder of the source; None for complete weights.
+        transform_process_num: Into how many converter ranks the work is divided.
+        transform_by_rank: Has the mindspore engine convert rank by rank.
+        npu_num_per_node: Devices of a node.
+        resume_file: Name of the file to take from the rank folders, where ``resume_training`` picked a step.
+        engine: ``native`` or ``mindspore``.
+        memory_limit: Bytes of memory of a converter.
+        timing: How long ranks wait for each other.
+    """
+
+    load_checkpoint: str
+    src_strategy: Optional[str] = None
+    transform_process_num: int = 1
+    transform_by_rank: bool = False
+    npu_num_per_node: int = 8
+    resume_file: Optional[str] = None
+    engine: str = "native"
+    memory_limit: int = DEFAULT_MEMORY
+    timing: Timing = DEFAULT_TIMING
+
+    @classmethod
+    def from_settings(
+        cls,
+        settings: Mapping[str, Any],
+        load_checkpoint: Any,
+        environ: Mapping[str, str] = os.environ,
+    ) -> AutoTransConfig:
+        """Reads and validates the settings of a job.
+
+        Args:
+            settings: A MindFormers configuration, or any mapping with its keys; absent keys take their defaults.
+            load_checkpoint: The checkpoint path; its key differs between MindFormers' versions.
+            environ: The environment.
+
+        Raises:
+            ConfigError: A setting has a value that it cannot have.
+        """
+        own = settings.get("auto_trans") or {}
+        if not isinstance(own, Mapping):
+            raise ConfigTypeError(f"auto_trans must be a mapping of settings, not {own!r}")
+
+        def setting(name: str, default: Any) -> Any:
+            return environ.get(f"AUTO_TRANS_{name.upper()}", own.get(name, default))
+
+        if not isinstance(load_checkpoint, (str, os.PathLike)) or not str(load_checkpoint):
+            raise ConfigTypeError(f"load_checkpoint must be the path of the weights to load, not {load_checkpoint!r}")
+        strategy = settings.get("src_strategy_path_or_dir")
+        if strategy is not None and not isinstance(strategy, (str, os.PathLike)):
+            raise ConfigTypeError(f"src_strategy_path_or_dir must be a path, not {strategy!r}")
+        resume = settings.get("resume_training")
+        timing = Timing(
+            **{
+                name: _seconds(name, setting(name, getattr(Timing, name)))
+                for name in ("join_timeout", "heartbeat_timeout", "stall_timeout")
+            }
+        )
+        return cls(
+            load_checkpoint=str(load_checkpoint),
+            src_strategy=str(strategy) if strategy and strategy != "None" else None,
+            transform_process_num=parse_process_num(settings.get("transform_process_num")),
+            transform_by_rank=_boolean("transform_by_rank", settings.get("transform_by_rank")),
+            npu_num_per_node=parse_npu_num(settings.get("npu_num_per_node") or environ.get("DEVICE_NUM_PER_NODE")),
+            resume_file=resume if isinstance(resume, str) and os.path.isdir(load_checkpoint) else None,
+            engine=parse_engine(setting("engine", "native")),
+            memory_limit=parse_memory(setting("memory_limit", None)),
+            timing=timing,
+        )
+
+
+def parse_process_num(value: Any) -> int:
+    """``transform_process_num``; None is its default. The world size is checked by the election."""
+    if value is None:
+        return 1
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigTypeError(f"transform_process_num must be a whole number of at least 1, not {value!r}")
+    if value < 1:
+        raise ConfigError(f"transform_process_num should not be smaller than 1, but got {value}")
+    return value
+
+
+def parse_npu_num(value: Any) -> int:
+    """``npu_num_per_node``; None is its default."""
+    try:
+        number = 8 if value is None or isinstance(value, bool) else int(value)
+    except (TypeError, ValueError):
+        raise ConfigTypeError(f"npu_num_per_node must be a power of 2, not {value!r}") from None
+    if number < 1 or number & (number - 1):
+        raise ConfigError(f"npu_num_per_node must be a power of 2, but got {number}")
+    return number
+
+
+def parse_engine(value: Any) -> str:
+    """The engine's name."""
+    if value not in ENGINES:
+        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, not {value!r}")
+    return str(value)
+
+
+def parse_memory(value: Union[int, str, None]) -> int:
+    """Bytes of a memory limit; None is the default."""
+    if value is None:
+        return DEFAULT_MEMORY
+    number = parse_bytes(value, "memory_limit")
+    if number < _LEAST_MEMORY:
+        raise ConfigError(f"memory_limit must be at least 1MiB, not {value!r}")
+    return number
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if value is None:
+        return False
+    if not isinstance(value, bool):
+        raise ConfigTypeError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
+def _seconds(name: str, value: Any) -> float:
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        raise ConfigTypeError(f"{name} must be a number of seconds, not {value!r}") from None
+    if seconds <= 0:
+        raise ConfigError(f"{name} must be more than 0 seconds, not {value!r}")
+    return seconds

@@ -1,0 +1,349 @@
+"""The use case: find the source, plan, check, execute, publish, report.
+
+`convert` is the library call; `Conversion` is the same in two steps for those who must know the plan before they run it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable, Optional, Union
+
+import xxhash
+
+from auto_trans.checkpoint.ckpt import CheckpointIndex, StoredTensor, content_digest, encoded_size, scan
+from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints, rank_file
+from auto_trans.checkpoint.manifest import FileRecord, Manifest
+from auto_trans.checkpoint.publish import replicate
+from auto_trans.config import DEFAULT_MEMORY, ENGINES, parse_engine, parse_memory
+from auto_trans.errors import ConfigError, OutputExistsError, PlanError
+from auto_trans.execute import DEFAULT_BUFFER_BYTES, Executor
+from auto_trans.log import logger
+from auto_trans.plan import ConversionPlan, FilePlan, plan_conversion
+from auto_trans.progress import Meter
+from auto_trans.resources import check_disk, check_memory, format_bytes
+from auto_trans.strategy import Strategy, read_strategy
+
+__all__ = ["ENGINES", "Conversion", "ConversionReport", "ScannedSource", "convert", "find_source"]
+
+PathLike = Union[str, "os.PathLike[str]"]
+StrategyLike = Union[None, str, "os.PathLike[str]", Strategy]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: The source file or folder.
+        target: The folder that holds ``rank_N/``.
+        files: The target files of the ranks that were asked for, by rank.
+        converted: The ranks whose files were written.
+        linked: The ranks whose files are links to (or copies of) those of an identical rank.
+        reused: The ranks whose files were there already, made from the same inputs.
+        bytes_written: Bytes of the files written, without links.
+        seconds: Wall time.
+        carried: Parameters that no strategy lists; copied as they are.
+        absent: Parameters that the target lists and the source does not hold; the model keeps its initial values.
+        dropped: Optimizer state that the target, which has no optimizer, does not take.
+    """
+
+    source: Path
+    target: Path
+    files: tuple[FileRecord, ...]
+    converted: tuple[int, ...] = ()
+    linked: tuple[int, ...] = ()
+    reused: tuple[int, ...] = ()
+    bytes_written: int = 0
+    seconds: float = 0.0
+    carried: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.converted)} converted", f"{len(self.linked)} linked", f"{len(self.reused)} reused"]
+        size = format_bytes(self.bytes_written)
+        return f"{self.target}: {', '.join(parts)} of {len(self.files)} files, {size} in {self.seconds:.1f} s"
+
+
+@dataclass
+class ScannedSource:
+    """The files of a source, scanned as they are needed."""
+
+    checkpoint: SourceCheckpoint
+    _scanned: dict[int, CheckpointIndex] = field(default_factory=dict, repr=False)
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks whose files are there, in ascending order."""
+        return tuple(self.checkpoint.files)
+
+    def file(self, rank: int) -> CheckpointIndex:
+        """What the file of a rank holds."""
+        if rank not in self._scanned:
+            self._scanned[rank] = scan(self.checkpoint.files[rank])
+        return self._scanned[rank]
+
+    def tensors(self, rank: int) -> Mapping[str, StoredTensor]:
+        """The tensors of a rank's file by name, in file order."""
+        return self.file(rank).tensors
+
+    def describe(self, rank: int) -> str:
+        """The rank's file."""
+        return str(self.checkpoint.files[rank])
+
+
+def find_source(src: PathLike, src_strategy: StrategyLike, resume_file: Optional[str] = None) -> list[SourceCheckpoint]:
+    """Finds the source checkpoints and checks that strategy and files go together.
+
+    Raises:
+        ConfigError: A strategy is given for a single file, or none for a distributed checkpoint.
+    """
+    found = find_checkpoints(Path(src), resume_file)
+    strategy = as_strategy(src_strategy)
+    for checkpoint in found:
+        if strategy.is_complete and len(checkpoint.files) > 1:
+            raise ConfigError(
+                f"source {checkpoint.path} is distributed over {len(checkpoint.files)} rank folders, but no source strategy "
+                f"is given; set src_strategy_path_or_dir to the strategy that it was saved under"
+            )
+        if strategy.world_size > 1 and not checkpoint.distributed:
+            raise ConfigError(
+                f"source {checkpoint.path} is a single file, but its strategy {strategy.origin} describes "
+                f"{strategy.world_size} ranks; give the folder above rank_0, or no source strategy if the file is complete"
+            )
+    return found
+
+
+def as_strategy(strategy: StrategyLike) -> Strategy:
+    """Reads a strategy unless it is one; nothing means complete weights, as does MindFormers' ``"None"``."""
+    if isinstance(strategy, Strategy):
+        return strategy
+    return read_strategy(strategy) if strategy and strategy != "None" else Strategy.complete()
+
+
+class Conversion:
+    """A planned conversion of one checkpoint.
+
+    Args:
+        checkpoint: The source.
+        dst: The target folder; gets ``rank_N/{prefix}N.ckpt``.
+        source: Strategy of the source.
+        target: Strategy of the target.
+        prefix: Beginning of the target files' names.
+        ranks: The target ranks to convert; all by default.
+        memory_limit: Bytes of memory that the conversion may use.
+
+    Attributes:
+        plan: What will be done.
+    """
+
+    def __init__(
+        self,
+        checkpoint: SourceCheckpoint,
+        dst: Path,
+        source: Strategy,
+        target: Strategy,
+        *,
+        prefix: str = "checkpoint_",
+        ranks: Optional[Iterable[int]] = None,
+        memory_limit: Optional[int] = None,
+    ) -> None:
+        if not isinstance(prefix, str) or not prefix or "/" in prefix:
+            raise ConfigError(f"prefix must be the beginning of a file name, not {prefix!r}")
+        self.checkpoint, self.dst, self.source, self.target, self.prefix = checkpoint, dst, source, target, prefix
+        self.memory_limit = memory_limit or DEFAULT_MEMORY
+        self._index = ScannedSource(checkpoint)
+        self.plan: ConversionPlan = plan_conversion(source, target, self._index, ranks)
+        self.manifest = Manifest(dst, self._inputs_digest(), target.world_size)
+
+    @property
+    def ranks(self) -> list[int]:
+        """The target ranks that are converted, in ascending order."""
+        return sorted(rank for file in self.plan.files for rank in file.ranks)
+
+    def file_size(self, file: FilePlan) -> int:
+        """Bytes of a target file."""
+        return sum(encoded_size(t.name, t.dtype, t.dims, t.nbytes) for t in file.tensors)
+
+    def todo(self) -> list[FilePlan]:
+        """The files that are not there yet for any of their ranks."""
+        return [file for file in self.plan.files if not any(self.manifest.done(rank) for rank in file.ranks)]
+
+    def check(self, processes: int = 1) -> None:
+        """Checks all that can be checked before any work.
+
+        Args:
+            processes: How many converters like this one share the machine's memory and the disk.
+
+        Raises:
+            OutputExistsError: The target holds files of something else.
+            InsufficientDiskError: The output does not fit.
+            InsufficientMemoryError: The memory is not there.
+            PlanError: A parameter without layout differs between source ranks.
+        """
+        for rank in self.ranks:
+            foreign = self.manifest.foreign(rank)
+            if foreign is not None:
+                raise OutputExistsError(
+                    f"{foreign} is there already and was not made by this conversion; it is not overwritten: give another "
+                    f"target folder, or remove it"
+                )
+        check_memory(self.memory_limit, processes)
+        check_disk(self.dst, processes * sum(self.file_size(file) for file in self.todo()))
+        for name, ranks in self.plan.replicated.items():
+            files = [self._index.file(rank) for rank in ranks]
+            digests = {content_digest(file, name) if name in file.tensors else None for file in files}
+            if len(digests) > 1:
+                raise PlanError(
+                    f"parameter {name} is in no strategy, but differs between source rank {ranks[0]} and {ranks[1]}: it is "
+                    f"sliced in a way that {self.source.origin} does not tell; give the strategy that the weights were "
+                    f"saved under"
+                )
+
+    def run(self, *, quiet: bool = False, listener: Optional[Callable[[int, int], None]] = None) -> ConversionReport:
+        """Converts, publishes every file as it is complete, and writes the manifest once all ranks are there.
+
+        Args:
+            quiet: Show no progress.
+            listener: Told (bytes done, bytes in all).
+        """
+        begin = time.monotonic()
+        todo = self.todo()
+        meter = Meter(
+            sum(file.nbytes for file in todo), f"converting {self.checkpoint.name}", quiet=quiet, listener=listener
+        )
+        converted: list[int] = []
+        linked: list[int] = []
+        reused: list[int] = []
+        written = 0
+        sources = {rank: self._index.file(rank) for rank in self.plan.source_ranks}
+        buffer_bytes = min(DEFAULT_BUFFER_BYTES, self.memory_limit // 2)
+        records: dict[int, FileRecord] = {}
+        try:
+            with Executor(sources, buffer_bytes, meter) as executor:
+                for file in self.plan.files:
+                    there = {rank: record for rank in file.ranks if (record := self.manifest.done(rank))}
+                    reused += there
+                    if not there:
+                        first = file.ranks[0]
+                        path = rank_file(self.dst, self.prefix, first)
+                        there[first] = self.manifest.add(first, path, executor.write(file, path))
+                        converted.append(first)
+                        written += there[first].size
+                    records.update(there)
+                    original = next(iter(there.values()))
+                    for rank in file.ranks:
+                        if rank not in there:
+                            path = rank_file(self.dst, self.prefix, rank)
+                            replicate(self.dst / original.file, path)
+                            records[rank] = self.manifest.add(rank, path, original.xxh3_128)
+                            linked.append(rank)
+        finally:
+            meter.close()
+        self.manifest.finish()
+        return ConversionReport(
+            self.checkpoint.path, self.dst, tuple(records[rank] for rank in sorted(records)), tuple(converted),
+            tuple(linked), tuple(reused), written, time.monotonic() - begin, self.plan.carried, self.plan.absent,
+            self.plan.dropped,
+        )  # fmt: skip
+
+    def log_plan(self) -> None:
+        """Logs what the plan leaves out or adds, which a user should know."""
+        plan = self.plan
+        if plan.carried:
+            logger.info("carried over as they are, in no strategy: %s", _names(plan.carried))
+        if plan.absent:
+            logger.warning("not in the source, the model keeps its initial values: %s", _names(plan.absent))
+        if plan.dropped:
+            logger.warning("optimizer state dropped, the target has no optimizer: %s", _names(plan.dropped))
+
+    def _inputs_digest(self) -> str:
+        sources = []
+        for rank, file in self.checkpoint.files.items():
+            stat = file.stat()
+            sources.append([rank, str(file.resolve()), stat.st_size, stat.st_mtime_ns])
+        inputs = [sources, self.source.digest, self.target.digest, self.prefix]
+        return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
+
+
+def convert(
+    src: PathLike,
+    dst: PathLike,
+    src_strategy: StrategyLike = None,
+    dst_strategy: StrategyLike = None,
+    *,
+    prefix: str = "checkpoint_",
+    ranks: Optional[Iterable[int]] = None,
+    engine: str = "native",
+    memory_limit: Union[int, str, None] = None,
+    quiet: bool = True,
+) -> ConversionReport:
+    """Converts a checkpoint from one parallel strategy to another.
+
+    Args:
+        src: A complete ``.ckpt`` file, or a folder of ``rank_N/`` folders with a ``.ckpt`` file each; of several the
+            latest step that all ranks have is taken.
+        dst: Folder that gets ``rank_N/{prefix}N.ckpt``. Files that are there already and were made from the same inputs
+            are kept; others are not overwritten.
+        src_strategy: Strategy file, merged file or folder of the source; None if it is complete.
+        dst_strategy: The same of the target; None for one complete file, ``rank_0/{prefix}0.ckpt``.
+        prefix: Beginning of the target files' names.
+        ranks: The target ranks to convert; all by default.
+        engine: ``native``, or ``mindspore`` to delegate to MindSpore's own API.
+        memory_limit: Memory that the conversion may use, in bytes or e.g. ``"512MiB"``; 64 MiB by default.
+        quiet: Show no progress.
+
+    Returns:
+        What was done.
+
+    Raises:
+        AutoTransError: Anything that is wrong with the input or the output, see `auto_trans.errors`. The source is never
+            touched, and no incomplete file bears its final name.
+    """
+    limit = parse_memory(memory_limit)
+    source, target = as_strategy(src_strategy), as_strategy(dst_strategy)
+    found = find_source(src, source)
+    if len(found) > 1:
+        raise ConfigError(
+            f"source {src} holds {len(found)} complete checkpoints ({', '.join(c.path.name for c in found[:3])}, ...); give "
+            f"one of the files"
+        )
+    conversion = Conversion(found[0], Path(dst), source, target, prefix=prefix, ranks=ranks, memory_limit=limit)
+    return run_conversion(conversion, parse_engine(engine), quiet=quiet)
+
+
+def run_conversion(
+    conversion: Conversion,
+    engine: str,
+    *,
+    by_rank: bool = False,
+    processes: int = 1,
+    quiet: bool = False,
+    listener: Optional[Callable[[int, int], None]] = None,
+) -> ConversionReport:
+    """Checks and runs a planned conversion with one of the engines.
+
+    Args:
+        conversion: What to do.
+        engine: ``native`` or ``mindspore``.
+        by_rank: Have the mindspore engine use ``transform_checkpoint_by_rank``; the native one has no such difference.
+        processes: How many converters like this one share the machine.
+        quiet: Show no progress.
+        listener: Told (bytes done, bytes in all).
+    """
+    conversion.check(processes)
+    conversion.log_plan()
+    if engine == "mindspore":
+        from auto_trans.mindspore_engine import run_mindspore
+
+        return run_mindspore(conversion, by_rank=by_rank)
+    return conversion.run(quiet=quiet, listener=listener)
+
+
+def _names(names: Sequence[str], count: int = 5) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

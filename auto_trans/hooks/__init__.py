@@ -1,0 +1,1 @@
+"""The MindFormers load-checkpoint hook and how it gets installed."""

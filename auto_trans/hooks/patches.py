@@ -1,0 +1,115 @@
+"""What is replaced in MindFormers, for the versions whose inside is known."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from types import ModuleType
+from typing import Any, Callable
+
+from auto_trans.hooks import finder
+from auto_trans.log import logger
+
+__all__ = ["KNOWN_VERSIONS", "install", "is_active", "patch"]
+
+# The versions whose load path was read: the signatures are the same. The clearing function moved from tools/utils to
+# utils/file_utils in 1.8; from 1.9 the path of the weights is config.checkpoint.load_path.
+KNOWN_VERSIONS = ("1.6", "1.7", "1.8", "1.9")
+
+_MARK = "_auto_trans_original"
+_warned: set[str] = set()
+
+
+def install() -> None:
+    """Installs the hook in this process, whether MindFormers is imported already or not.
+
+    Only needed where the environment ignores ``.pth`` files; call it before the training starts.
+    """
+    finder.install()  # type: ignore[no-untyped-call]
+    if os.environ.get("AUTO_TRANS_DISABLE", "0") not in ("", "0"):
+        return
+    for name in sorted(finder.WATCHED):
+        module = sys.modules.get(name)
+        if module is not None:
+            patch(module)
+
+
+def is_active() -> bool:
+    """Whether MindFormers' load path in this process is ours."""
+    module = sys.modules.get("mindformers.trainer.utils")
+    return hasattr(getattr(module, "transform_and_load_checkpoint", None), _MARK)
+
+
+def patch(module: ModuleType) -> None:
+    """Replaces what a freshly imported MindFormers module defines; leaves unknown versions as they are."""
+    if not _is_known(getattr(sys.modules.get("mindformers"), "__version__", "")):
+        return
+    for name, make in _REPLACEMENTS[module.__name__].items():
+        original = module.__dict__.get(name)
+        if original is not None and not hasattr(original, _MARK):
+            replacement = make(original)
+            setattr(replacement, _MARK, original)
+            _replace(name, original, replacement)
+
+
+def _replace(name: str, original: Any, replacement: Any) -> None:
+    """Replaces an object in the module that defines it and in those that have imported it from there."""
+    for module_name, module in list(sys.modules.items()):
+        if module_name.partition(".")[0] == "mindformers" and getattr(module, "__dict__", {}).get(name) is original:
+            setattr(module, name, replacement)
+
+
+def _is_known(version: str) -> bool:
+    release = re.match(r"\d+\.\d+", version)
+    if release and release.group() in KNOWN_VERSIONS:
+        return True
+    if version not in _warned:
+        _warned.add(version)
+        logger.warning(
+            "auto_trans does not know MindFormers %s (it knows %s) and leaves it as it is: MindFormers' own checkpoint "
+            "conversion is used",
+            version or "of unknown version", ", ".join(KNOWN_VERSIONS),
+        )  # fmt: skip
+    return False
+
+
+def _clear(original: Callable[..., None]) -> Callable[..., None]:
+    from auto_trans.hooks.clear import clear_auto_trans_output
+
+    @functools.wraps(original)
+    def clear(*args: Any, **kwargs: Any) -> None:
+        clear_auto_trans_output(original, *args, **kwargs)
+
+    return clear
+
+
+def _load(original: Callable[..., None]) -> Callable[..., None]:
+    from auto_trans.hooks.load import load_checkpoint
+
+    @functools.wraps(original)
+    def load(*args: Any, **kwargs: Any) -> None:
+        load_checkpoint(original, *args, **kwargs)
+
+    return load
+
+
+def _transform(original: type) -> type:
+    from auto_trans.hooks.transform import TransformCkpt
+
+    class Transform(TransformCkpt):
+        """MindFormers' ``TransformCkpt`` as auto_trans does it."""
+
+        stock = original
+
+    return Transform
+
+
+_CLEAR: dict[str, Callable[[Any], Any]] = {"clear_auto_trans_output": _clear}
+_REPLACEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {
+    "mindformers.tools.utils": _CLEAR,
+    "mindformers.utils.file_utils": _CLEAR,
+    "mindformers.models.modeling_utils": {"TransformCkpt": _transform},
+    "mindformers.trainer.utils": {"TransformCkpt": _transform, "transform_and_load_checkpoint": _load},
+}

@@ -1,0 +1,104 @@
+"""The ``mindspore`` engine: delegates a planned conversion to MindSpore's own API.
+
+It exists to compare against and as a way out. The plan is made and checked as for the native engine, so what MindSpore
+would silently do wrong is refused here too; then ``mindspore.transform_checkpoints`` or, by the documentation's
+``transform_by_rank`` rules, ``mindspore.transform_checkpoint_by_rank`` moves the tensors.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Optional
+
+from auto_trans.checkpoint.files import rank_file
+from auto_trans.checkpoint.publish import new_file
+from auto_trans.errors import ConfigError
+from auto_trans.strategy import MERGED_NAME, Strategy, merge_strategies
+
+if TYPE_CHECKING:
+    from auto_trans.convert import Conversion, ConversionReport
+
+__all__ = ["run_mindspore"]
+
+_COPY_BYTES = 4 * 1024 * 1024
+
+
+def run_mindspore(conversion: Conversion, *, by_rank: bool) -> ConversionReport:
+    """Runs a planned conversion with MindSpore's API.
+
+    Args:
+        conversion: What to do.
+        by_rank: Use ``transform_checkpoint_by_rank``, which also serves where not all ranks are asked for.
+
+    Raises:
+        ConfigError: Neither side has a strategy: there is nothing that MindSpore could convert.
+    """
+    from auto_trans.convert import ConversionReport
+
+    begin = time.monotonic()
+    conversion.dst.mkdir(parents=True, exist_ok=True)
+    records, reused, written = {}, [], []
+    with tempfile.TemporaryDirectory(prefix=".auto_trans_mindspore_", dir=conversion.dst) as scratch:
+        todo = [rank for rank in conversion.ranks if not conversion.manifest.done(rank)]
+        made = _transform(conversion, todo, Path(scratch), by_rank) if todo else {}
+        for rank in conversion.ranks:
+            record = conversion.manifest.done(rank)
+            if record is None:
+                path = rank_file(conversion.dst, conversion.prefix, rank)
+                with open(made[rank], "rb") as source, new_file(path) as out:
+                    while part := source.read(_COPY_BYTES):
+                        out.write(part)
+                record = conversion.manifest.add(rank, path, out.digest)
+                written.append(record)
+            else:
+                reused.append(rank)
+            records[rank] = record
+    conversion.manifest.finish()
+    return ConversionReport(
+        conversion.checkpoint.path, conversion.dst, tuple(records.values()), tuple(r.rank for r in written), (),
+        tuple(reused), sum(r.size for r in written), time.monotonic() - begin, conversion.plan.carried,
+        conversion.plan.absent, conversion.plan.dropped,
+    )  # fmt: skip
+
+
+def _transform(conversion: Conversion, ranks: list[int], scratch: Path, by_rank: bool) -> dict[int, Path]:
+    """Has MindSpore write the files of ``ranks`` into ``scratch``."""
+    import mindspore
+
+    source_dir, target_dir = scratch / "source", scratch / "target"
+    # MindSpore picks the last file of a rank folder by name; links show it only the chosen one.
+    for rank, file in conversion.checkpoint.files.items():
+        (source_dir / f"rank_{rank}").mkdir(parents=True)
+        (source_dir / f"rank_{rank}" / file.name).symlink_to(file.resolve())
+    source = _strategy_file(conversion.source, scratch / "source_strategy.ckpt")
+    target = _strategy_file(conversion.target, scratch / "target_strategy.ckpt")
+    if source is None and target is None:
+        raise ConfigError("source and target have no strategy; the mindspore engine has nothing to convert")
+    if not by_rank and len(ranks) == conversion.target.world_size:
+        mindspore.transform_checkpoints(str(source_dir), str(target_dir), conversion.prefix, source, target)
+    else:
+        for rank in ranks:
+            needed = mindspore.rank_list_for_transform(rank, source, target)
+            files = {r: str(conversion.checkpoint.files[r]) for r in needed if r in conversion.checkpoint.files}
+            path = rank_file(target_dir, conversion.prefix, rank)
+            path.parent.mkdir(parents=True)
+            mindspore.transform_checkpoint_by_rank(rank, files, str(path), source, target)
+    return {rank: rank_file(target_dir, conversion.prefix, rank) for rank in ranks}
+
+
+def _strategy_file(strategy: Strategy, scratch: Path) -> Optional[str]:
+    """One file that describes the whole job, as MindSpore's API wants it."""
+    if strategy.is_complete:
+        return None
+    path = Path(strategy.origin)
+    if path.is_file():
+        return str(path)
+    if any(child.name != MERGED_NAME for child in path.glob("*_rank_*")):
+        if strategy.stages == 1:
+            shutil.copyfile(next(iter(sorted(path.glob("*_rank_*")))), scratch)
+            return str(scratch)
+        return str(merge_strategies(path, scratch))
+    return str(next(iter(sorted(path.glob("*.ckpt")))))

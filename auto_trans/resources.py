@@ -1,0 +1,89 @@
+"""What the machine has to offer: memory within all limits, disk space, and sizes as people write them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Optional, Union
+
+import psutil
+
+from auto_trans.errors import ConfigError, ConfigTypeError, InsufficientDiskError, InsufficientMemoryError
+
+__all__ = ["available_memory", "check_disk", "check_memory", "format_bytes", "parse_bytes"]
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def parse_bytes(text: Union[str, int], setting: str = "memory") -> int:
+    """Parses a size such as ``512MiB``, ``2G`` or a plain number of bytes; units are powers of 1024."""
+    if isinstance(text, bool) or not isinstance(text, (str, int)):
+        raise ConfigTypeError(f"{setting} must be a size such as 512MiB, not {text!r}")
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), re.IGNORECASE)
+    if not match:
+        raise ConfigError(f"{setting} must be a size such as 512MiB, not {text!r}")
+    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+
+
+def format_bytes(nbytes: float) -> str:
+    """A size for people, e.g. ``1.5 GiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.1f} TiB"
+
+
+def available_memory() -> int:
+    """Bytes that can be allocated now: of the machine, and of the control group if that allows less."""
+    available = int(psutil.virtual_memory().available)
+    limits = (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+    )
+    for limit_file, usage_file, stat_file in limits:
+        limit, usage = _number(_CGROUP / limit_file), _number(_CGROUP / usage_file)
+        if limit is not None and usage is not None:
+            available = min(available, limit - usage + _reclaimable(_CGROUP / stat_file))
+    return max(available, 0)
+
+
+def check_memory(needed: int, processes: int = 1) -> None:
+    """Raises InsufficientMemoryError unless ``processes`` converters can have ``needed`` bytes each."""
+    available = available_memory()
+    if needed * processes > available:
+        raise InsufficientMemoryError(
+            f"the conversion needs {format_bytes(needed)} of memory in each of {processes} processes on this machine, but "
+            f"only {format_bytes(available)} is available; decrease transform_process_num or the memory limit"
+        )
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises InsufficientDiskError unless ``needed`` bytes fit on the file system of a folder, existing or not."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise InsufficientDiskError(
+            f"the converted weights need {format_bytes(needed)} in {folder}, but only {format_bytes(free)} is free there; "
+            f"free space or set another output directory"
+        )
+
+
+def _number(path: Path) -> Optional[int]:
+    try:
+        return int(path.read_text(encoding="ascii"))
+    except (OSError, ValueError):  # not there, or "max"
+        return None
+
+
+def _reclaimable(stat: Path) -> int:
+    """Page cache that the kernel takes back before it runs out of memory."""
+    try:
+        fields = dict(line.split() for line in stat.read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return 0
+    return int(fields.get("total_inactive_file", fields.get("inactive_file", 0)))

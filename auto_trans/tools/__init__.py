@@ -1,0 +1,1 @@
+"""Drop-in scripts with the names and flags of MindFormers' documentation."""
