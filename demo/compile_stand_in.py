@@ -6,8 +6,8 @@ lm_head are sliced on dimension 0, wo and w2 on dimension 1, everything else is 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 from auto_trans.strategy_pb import ParallelStrategyMap
 
