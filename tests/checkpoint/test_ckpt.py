@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import mindspore
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mindspore.train import serialization
+
+import auto_trans.checkpoint.ckpt as ckpt
+from auto_trans import convert
+from auto_trans.checkpoint.ckpt import content_digest, encoded_size, record_heads, scan
+from auto_trans.errors import CorruptCheckpointError, EncryptedCheckpointError, UnsupportedCheckpointError
+
+RNG = np.random.default_rng(3)
+DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"]
+
+
+def every_dtype():
+    """One parameter of every type that MindSpore saves, with a scalar, an empty shape and a string among them."""
+    tensors = [
+        {"name": f"layer.{d}", "data": mindspore.Tensor(RNG.integers(0, 2, (3, 4)).astype(d))} for d in DTYPES
+    ]
+    tensors.append({"name": "layer.bfloat16", "data": mindspore.Tensor(RNG.standard_normal((5, 2)), mindspore.bfloat16)})
+    tensors.append({"name": "scalar", "data": mindspore.Tensor(2.5, mindspore.float32)})
+    tensors.append({"name": "one", "data": mindspore.Tensor([7], mindspore.int32)})
+    tensors.append({"name": "naïve.名前", "data": mindspore.Tensor([1, 2], mindspore.int32)})
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ckpt") / "all.ckpt"
+    mindspore.save_checkpoint(every_dtype(), str(path), append_dict={"note": "text", "epoch_num": 3})
+    return path
+
+
+def test_scan_finds_what_mindspore_saved(saved):
+    index = scan(saved)
+    expected = oracle.read_raw(saved)
+    assert list(index.tensors) == list(expected)
+    content = saved.read_bytes()
+    for name, tensor in index.tensors.items():
+        found = b"".join(content[offset : offset + n] for offset, n in tensor.segments)
+        assert (tensor.dtype, tensor.dims, found) == expected[name]
+
+
+def test_copy_of_a_complete_checkpoint_is_byte_identical_to_mindspores(saved, tmp_path):
+    convert(saved, tmp_path)
+    assert (tmp_path / "rank_0" / "checkpoint_0.ckpt").read_bytes() == saved.read_bytes()
+
+
+def test_bit_patterns_that_are_no_numbers_survive(tmp_path):
+    patterns = np.arange(65536, dtype=np.uint16).tobytes()
+    raws = {t: oracle.Raw(t, (256, 256), patterns) for t in ("BFloat16", "Float16")}
+    source = oracle.write_raw(tmp_path / "nan.ckpt", raws)
+    convert(source, tmp_path / "out")
+    assert oracle.read_raw(tmp_path / "out" / "rank_0" / "checkpoint_0.ckpt") == raws
+
+
+def test_chunked_tensors_are_written_and_read_as_mindspore_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(serialization, "SLICE_SIZE", 1)  # KiB
+    monkeypatch.setattr(ckpt, "CHUNK_BYTES", 1024)
+    array = RNG.standard_normal((37, 33)).astype(np.float32)
+    source = tmp_path / "chunked.ckpt"
+    mindspore.save_checkpoint([{"name": "w", "data": mindspore.Tensor(array)}], str(source))
+    assert len(scan(source).tensors["w"].segments) == 5
+    convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "rank_0" / "checkpoint_0.ckpt").read_bytes() == source.read_bytes()
+
+
+def test_tensor_beyond_512_mib_is_byte_identical_to_mindspores(tmp_path):
+    source = tmp_path / "large.ckpt"
+    array = np.arange(520 * 1024 * 256, dtype=np.int32).reshape(-1, 1024)
+    mindspore.save_checkpoint([{"name": "w", "data": mindspore.Tensor(array)}], str(source))
+    assert len(scan(source).tensors["w"].segments) == 2
+    convert(source, tmp_path / "out")
+    target = tmp_path / "out" / "rank_0" / "checkpoint_0.ckpt"
+    with open(source, "rb") as a, open(target, "rb") as b:
+        while part := a.read(1 << 24):
+            assert part == b.read(1 << 24)
+        assert not b.read(1)
+    source.unlink()
+    target.unlink()
+
+
+def test_crc_trailer_is_accepted(saved, tmp_path):
+    path = tmp_path / "crc.ckpt"
+    mindspore.save_checkpoint(every_dtype(), str(path), crc_check=True)
+    index = scan(path)
+    assert index.crc is not None
+    assert list(index.tensors)[-1] == "naïve.名前"
+    assert scan(saved).crc is None
+
+
+@given(
+    st.text(min_size=1, max_size=200).filter(lambda t: t.encode(errors="ignore").decode() == t),
+    st.lists(st.integers(1, 2**40), max_size=5),
+    st.integers(0, 2**32),
+)
+def test_record_heads_parse_as_protobuf(name, dims, nbytes):
+    heads = list(record_heads(name, "Float32", tuple(dims), nbytes))
+    assert sum(length for _, length in heads) == nbytes
+    assert encoded_size(name, "Float32", tuple(dims), nbytes) == nbytes + sum(len(head) for head, _ in heads)
+    head, length = heads[-1]
+    if length < 10_000:
+        value = serialization.Checkpoint.FromString(head + b"x" * length).value[0]
+        assert (value.tag, list(value.tensor.dims), value.tensor.tensor_type) == (name, dims, "Float32")
+
+
+def test_every_truncation_is_noticed(saved, tmp_path):
+    content = saved.read_bytes()
+    ends = {0}
+    for tensor in scan(saved).tensors.values():
+        ends.add(sum(tensor.segments[-1]))
+    path = tmp_path / "cut.ckpt"
+    for length in range(len(content)):
+        if length not in ends:  # there a whole parameter is missing, which only the plan can notice
+            path.write_bytes(content[:length])
+            with pytest.raises(CorruptCheckpointError, match=r"cut\.ckpt"):
+                scan(path)
+
+
+@given(st.binary(min_size=1, max_size=200))
+def test_any_other_bytes_are_refused_or_scanned_never_crash(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "garbage.ckpt"
+    path.write_bytes(content)
+    try:
+        scan(path)
+    except (CorruptCheckpointError, UnsupportedCheckpointError, EncryptedCheckpointError) as e:
+        assert "garbage.ckpt" in str(e)
+
+
+def test_missing_chunk_is_noticed(tmp_path):
+    path = oracle.write_raw(tmp_path / "w.ckpt", {"w": oracle.Raw("Float32", (4,), b"\0" * 12)})
+    with pytest.raises(CorruptCheckpointError, match="needs 16 bytes and has 12"):
+        scan(path)
+
+
+def test_parameter_that_comes_twice_is_refused(tmp_path):
+    one = oracle.write_raw(tmp_path / "a.ckpt", {"w": oracle.raw(np.ones(2, np.float32)), "v": oracle.raw(np.ones(1, np.float32))})
+    twice = tmp_path / "b.ckpt"
+    twice.write_bytes(one.read_bytes() * 2)
+    with pytest.raises(CorruptCheckpointError, match="w twice"):
+        scan(twice)
+
+
+@pytest.mark.parametrize("mode", ["AES-GCM", "AES-CBC", "SM4-CBC"])
+def test_encrypted_checkpoint_is_named(tmp_path, mode):
+    path = tmp_path / "secret.ckpt"
+    mindspore.save_checkpoint(every_dtype(), str(path), enc_key=b"0123456789abcdef", enc_mode=mode)
+    with pytest.raises(EncryptedCheckpointError, match=r"secret\.ckpt is encrypted"):
+        scan(path)
+
+
+def test_map_parameter_is_named(tmp_path):
+    message = serialization.Checkpoint()
+    tensor = message.value.add(tag="table").maptensor.tensor.add()
+    tensor.tensor_type, tensor.tensor_content = "int32", b"1234"
+    path = tmp_path / "map.ckpt"
+    path.write_bytes(message.SerializeToString())
+    with pytest.raises(UnsupportedCheckpointError, match="table is a MapParameter"):
+        scan(path)
+
+
+def test_content_digest_tells_tensors_apart(tmp_path):
+    raws = {"a": oracle.raw(np.arange(9)), "b": oracle.raw(np.arange(9)), "c": oracle.raw(np.arange(9) + 1)}
+    index = scan(oracle.write_raw(tmp_path / "x.ckpt", raws))
+    assert content_digest(index, "a") == content_digest(index, "b") != content_digest(index, "c")

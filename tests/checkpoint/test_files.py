@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import pytest
+
+from auto_trans.checkpoint.files import find_checkpoints
+from auto_trans.errors import CheckpointNotFoundError, UnsupportedCheckpointError
+
+
+@pytest.fixture
+def make(tmp_path):
+    def files(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(b"x")
+        return tmp_path
+
+    return files
+
+
+def chosen(path, **options):
+    (found,) = find_checkpoints(path, **options)
+    return {rank: file.name for rank, file in found.files.items()}
+
+
+def test_latest_step_is_chosen_by_number(make):
+    path = make(*(f"rank_{r}/net_rank_{r}-{step}.ckpt" for r in (0, 1) for step in ("1_9", "1_10", "2_2")))
+    assert chosen(path) == {0: "net_rank_0-2_2.ckpt", 1: "net_rank_1-2_2.ckpt"}
+    (path / "rank_0" / "net_rank_0-2_2.ckpt").unlink()
+    (path / "rank_1" / "net_rank_1-2_2.ckpt").unlink()
+    assert chosen(path) == {0: "net_rank_0-1_10.ckpt", 1: "net_rank_1-1_10.ckpt"}
+
+
+def test_step_that_a_rank_lacks_is_not_mixed_with_others(make, caplog):
+    path = make("rank_0/n_rank_0-1_9.ckpt", "rank_0/n_rank_0-1_10.ckpt", "rank_1/n_rank_1-1_9.ckpt")
+    assert chosen(path) == {0: "n_rank_0-1_9.ckpt", 1: "n_rank_1-1_9.ckpt"}
+    assert "1_10 is newer" in caplog.text and "rank 1 lacks it" in caplog.text
+
+
+def test_no_step_in_common_is_an_error(make):
+    with pytest.raises(CheckpointNotFoundError, match=r"rank 0 has n_rank_0-1_10\.ckpt; rank 1 has n_rank_1-1_9\.ckpt"):
+        find_checkpoints(make("rank_0/n_rank_0-1_10.ckpt", "rank_1/n_rank_1-1_9.ckpt"))
+
+
+def test_resumed_prefix_of_a_later_run_wins_at_the_same_step(make):
+    path = make("rank_0/n_rank_0-1_9.ckpt", "rank_0/n_rank_0_1-1_9.ckpt", "rank_0/n_rank_0_2-1_9.ckpt")
+    assert chosen(path) == {0: "n_rank_0_2-1_9.ckpt"}
+
+
+def test_names_without_step_fall_back_to_name_order(make, caplog):
+    assert chosen(make("rank_0/a.ckpt", "rank_0/b.ckpt")) == {0: "b.ckpt"}
+    assert "b.ckpt, the last by name" in caplog.text
+
+
+def test_step_that_resume_training_picked_is_followed(make):
+    path = make(*(f"rank_{r}/net_rank_{r}-{step}.ckpt" for r in (0, 1) for step in ("1_9", "1_10")))
+    assert chosen(path, resume_file="/any/rank_5/net_rank_5-1_9.ckpt") == {
+        0: "net_rank_0-1_9.ckpt",
+        1: "net_rank_1-1_9.ckpt",
+    }
+    with pytest.raises(CheckpointNotFoundError, match=r"net_rank_0-3_3\.ckpt, the step that resume_training names"):
+        find_checkpoints(path, resume_file="net_rank_0-3_3.ckpt")
+
+
+def test_complete_file_and_folder_of_complete_files(make):
+    path = make("llama.a.ckpt", "lora.ckpt")
+    (one,) = find_checkpoints(path / "lora.ckpt")
+    assert (one.name, one.distributed, list(one.files)) == ("lora", False, [0])
+    assert [c.name for c in find_checkpoints(path)] == ["llama.a", "lora"]
+
+
+def test_ranks_are_ordered_by_number(make):
+    (found,) = find_checkpoints(make(*(f"rank_{r}/x.ckpt" for r in range(12))))
+    assert list(found.files) == list(range(12))
+
+
+@pytest.mark.parametrize(
+    "names, error, message",
+    [
+        ((), CheckpointNotFoundError, "neither rank_N folders nor .ckpt files"),
+        (("rank_0/x.ckpt", "rank_1/readme.txt"), CheckpointNotFoundError, r"rank_1 holds no .ckpt file"),
+        (("rank_0/x.ckpt", "rank_0/x.safetensors"), UnsupportedCheckpointError, "both .ckpt and .safetensors"),
+        (("rank_0/x.safetensors",), UnsupportedCheckpointError, "load_ckpt_format: safetensors"),
+    ],
+)
+def test_what_cannot_be_used_is_named(make, names, error, message):
+    with pytest.raises(error, match=message):
+        find_checkpoints(make(*names))
+
+
+def test_missing_path_and_foreign_file_are_named(make):
+    path = make("weights.bin")
+    with pytest.raises(CheckpointNotFoundError, match="nowhere is not found"):
+        find_checkpoints(path / "nowhere")
+    with pytest.raises(UnsupportedCheckpointError, match=r"weights\.bin does not end with \.ckpt"):
+        find_checkpoints(path / "weights.bin")
