@@ -248,7 +248,7 @@ class Conversion:
         self.manifest.finish()
         return ConversionReport(
             self.checkpoint.path, self.dst, tuple(records[rank] for rank in sorted(records)), tuple(converted),
-            tuple(linked), tuple(reused), written, time.monotonic() - begin, self.plan.carried, self.plan.absent,
+            tuple(sorted(linked)), tuple(sorted(reused)), written, time.monotonic() - begin, self.plan.carried, self.plan.absent,
             self.plan.dropped,
         )  # fmt: skip
 

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 import xxhash
-from google.protobuf.message import DecodeError
 
 from auto_trans.errors import LayoutError, StrategyError, StrategyNotFoundError
 from auto_trans.layout import Layout
-from auto_trans.strategy_pb import ParallelStrategyMap
+from auto_trans.strategy_pb import DecodeError, ParallelStrategyMap
 
 __all__ = [
     "MERGED_NAME",
@@ -363,10 +362,14 @@ def _stage_of_items(message: Any, file: Path) -> int:
 
 def _parse(file: Path) -> Any:
     try:
+        content = file.read_bytes()
+    except OSError as e:
+        raise StrategyError(f"strategy file {file} cannot be read: {e}") from e
+    try:
         if file.suffix == ".json":
-            return _from_json(json.loads(file.read_text(encoding="utf-8")))
+            return _from_json(json.loads(content))
         message = ParallelStrategyMap()
-        message.ParseFromString(file.read_bytes())
+        message.ParseFromString(content)
         return message
     except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise StrategyError(f"{file} is not a strategy file that MindSpore wrote ({type(e).__name__}: {e})") from e

@@ -6,11 +6,22 @@ and numbers are those of ``mindspore.train.node_strategy_pb2``.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+# MindSpore's generated messages load only with protobuf's Python implementation, for which it sets this variable. If we
+# are imported first, protobuf must already make that choice, or MindSpore can no longer be imported in this process.
+_VARIABLE = "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"
+_before = os.environ.get(_VARIABLE)
+os.environ.setdefault(_VARIABLE, "python")
+try:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+    from google.protobuf.message import DecodeError
+finally:
+    if _before is None:
+        del os.environ[_VARIABLE]
 
-__all__ = ["ParallelStrategyMap"]
+__all__ = ["DecodeError", "ParallelStrategyMap"]
 
 _PACKAGE = "mindspore.straspb"
 _UINT32, _INT32, _INT64, _STRING = (

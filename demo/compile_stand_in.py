@@ -1,7 +1,7 @@
 """Stand-in for the compile step, which saves the strategy files: semi_auto_parallel does not compile on a CPU.
 
-The layouts are those that MindSpore 2.7.1 saved for MindFormers' LLaMA under tensor parallelism: wq, wk, wv, w1, w3 and
-lm_head are sliced on dimension 0, wo and w2 on dimension 1, everything else is held whole by every rank.
+The layouts are those that MindSpore 2.7.1 saved for MindFormers' LLaMA under tensor parallelism: wq, wk, wv, w1 and w3
+are sliced on dimension 0, wo and w2 on dimension 1, everything else is held whole by every rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from auto_trans.strategy_pb import ParallelStrategyMap
 
 __all__ = ["sliced_dimension", "write_strategy_files"]
 
-_DIMENSIONS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "lm_head": 0, "wo": 1, "w2": 1}
+_DIMENSIONS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 
 
 def sliced_dimension(name: str) -> int | None:

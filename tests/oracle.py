@@ -56,7 +56,7 @@ def write_raw(path: Path, tensors: Mapping[str, Raw]) -> Path:
 
 def raw(array: np.ndarray, dtype: str = "") -> Raw:
     """The file form of an array; BFloat16 keeps the upper half of float32."""
-    names = {"float32": "Float32", "float16": "Float16", "int32": "Int32", "int64": "Int64", "uint8": "UInt8"}
+    names = {"float32": "Float32", "float16": "Float16", "int32": "Int32", "int64": "Int64", "uint8": "UInt8", "int8": "Int8"}
     dtype = dtype or names[array.dtype.name]
     if dtype == "BFloat16":
         array = (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)

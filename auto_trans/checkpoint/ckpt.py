@@ -21,7 +21,12 @@ from pathlib import Path
 
 import xxhash
 
-from auto_trans.errors import CorruptCheckpointError, EncryptedCheckpointError, UnsupportedCheckpointError
+from auto_trans.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    EncryptedCheckpointError,
+    UnsupportedCheckpointError,
+)
 from auto_trans.layout import Shape
 
 __all__ = ["CHUNK_BYTES", "CheckpointIndex", "StoredTensor", "content_digest", "encoded_size", "record_heads", "scan"]
@@ -95,11 +100,15 @@ def scan(path: Path) -> CheckpointIndex:
     """Finds the tensors of a ``.ckpt`` file without reading their contents.
 
     Raises:
+        CheckpointError: The file cannot be read.
         EncryptedCheckpointError: The file is encrypted.
         CorruptCheckpointError: It is truncated, empty or no checkpoint.
         UnsupportedCheckpointError: It holds a MapParameter.
     """
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as e:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {e}") from e
     try:
         stat = os.fstat(fd)
         if os.pread(fd, 4, 0) in _ENCRYPTED:
