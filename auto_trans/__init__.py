@@ -6,8 +6,8 @@ not pay for more.
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from auto_trans.convert import ConversionReport as ConversionReport
-    from auto_trans.convert import convert as convert
+    from auto_trans.conversion import ConversionReport as ConversionReport
+    from auto_trans.conversion import convert as convert
     from auto_trans.errors import AutoTransError as AutoTransError
     from auto_trans.hooks.patches import install as install
     from auto_trans.strategy import Strategy as Strategy
@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AutoTransError": "auto_trans.errors",
-    "ConversionReport": "auto_trans.convert",
+    "ConversionReport": "auto_trans.conversion",
     "Strategy": "auto_trans.strategy",
-    "convert": "auto_trans.convert",
+    "convert": "auto_trans.conversion",
     "install": "auto_trans.hooks.patches",
     "merge_strategies": "auto_trans.strategy",
     "read_strategy": "auto_trans.strategy",

@@ -19,7 +19,7 @@ from auto_trans.errors import ConfigError
 from auto_trans.strategy import MERGED_NAME, Strategy, merge_strategies
 
 if TYPE_CHECKING:
-    from auto_trans.convert import Conversion, ConversionReport
+    from auto_trans.conversion import Conversion, ConversionReport
 
 __all__ = ["run_mindspore"]
 
@@ -36,7 +36,7 @@ def run_mindspore(conversion: Conversion, *, by_rank: bool) -> ConversionReport:
     Raises:
         ConfigError: Neither side has a strategy: there is nothing that MindSpore could convert.
     """
-    from auto_trans.convert import ConversionReport
+    from auto_trans.conversion import ConversionReport
 
     begin = time.monotonic()
     conversion.dst.mkdir(parents=True, exist_ok=True)

@@ -207,7 +207,11 @@ class _Planner:
         for stage in range(self._source.stages):
             members = [rank for rank in self._index.ranks if rank // devices == stage]
             if not members:
-                continue
+                first = stage * devices
+                raise MissingSliceError(
+                    f"no rank folder of pipeline stage {stage} (rank {first} to {first + devices - 1}) is there, which the "
+                    f"strategy {self._source.origin} describes; copy the missing rank folders to the source"
+                )
             for name in self._index.tensors(members[0]):
                 stages = self._source.stages_of(name)
                 (names if not stages or stage in stages else elsewhere).setdefault(name, members[0])

@@ -6,8 +6,13 @@ from pathlib import Path
 
 os.environ.setdefault("GLOG_v", "3")
 
+import hypothesis
 import oracle
 import pytest
+
+# a slow machine is no failure; speed is measured in benchmarks/
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ import auto_trans.checkpoint.ckpt as ckpt
 from auto_trans import convert
 from auto_trans.checkpoint.files import find_checkpoints
 from auto_trans.checkpoint.manifest import MANIFEST_NAME
-from auto_trans.convert import Conversion
+from auto_trans.conversion import Conversion
 from auto_trans.errors import ConfigError, OutputExistsError, SourceChangedError
 from auto_trans.layout import Layout
 
@@ -39,7 +39,7 @@ def load(folder, rank, dtype=np.float32):
 
 
 @given(conversions(), st.integers(16, 200), st.integers(5, 300), st.sampled_from([np.int8, np.float16, np.int64]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_chunks_and_any_memory_give_the_same_bytes(tmp_path_factory, monkeypatch, case, memory, chunk, dtype):
     """Chunk borders fall in the middle of rows and elements; the buffer is smaller than a row."""
     source, target, full = case

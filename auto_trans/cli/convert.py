@@ -42,7 +42,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from auto_trans.convert import convert
+    from auto_trans.conversion import convert
 
     report = convert(
         arguments.src,

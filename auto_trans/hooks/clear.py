@@ -7,7 +7,7 @@ from typing import Any, Callable, Optional
 from auto_trans.checkpoint.ckpt import scan
 from auto_trans.checkpoint.clean import check_cleanable, clean_folders
 from auto_trans.config import AutoTransConfig
-from auto_trans.convert import as_strategy, find_source
+from auto_trans.conversion import as_strategy, find_source
 from auto_trans.hooks.job import Job
 from auto_trans.log import logger
 
@@ -39,7 +39,7 @@ def clear_auto_trans_output(
         source: list[Any] = [load_checkpoint, src_strategy_path_or_dir]
         original(*source, *([] if load_ckpt_format == "ckpt" else [load_ckpt_format]))
         return
-    job = Job()
+    job = Job.current()
     target = job.transformed_dir if load_ckpt_format == "ckpt" else job.output / "unified_checkpoint"
     folders = [job.strategy_dir, target]
     settings = Job.settings()

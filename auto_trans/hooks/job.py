@@ -29,12 +29,19 @@ class Job:
         output: The output directory, shared by all ranks.
     """
 
-    def __init__(self, rank: Optional[int] = None, world_size: Optional[int] = None) -> None:
+    def __init__(self, rank: int, world_size: int, output: Path) -> None:
+        self.rank, self.world_size, self.output = rank, world_size, output
+
+    @classmethod
+    def current(cls, rank: Optional[int] = None, world_size: Optional[int] = None) -> Job:
+        """The job that this process is part of, as MindFormers knows it."""
         from mindformers.tools import utils
 
-        self.rank = utils.get_real_rank() if rank is None else rank
-        self.world_size = utils.get_real_group_size() if world_size is None else world_size
-        self.output = Path(utils.get_output_root_path())
+        return cls(
+            utils.get_real_rank() if rank is None else rank,
+            utils.get_real_group_size() if world_size is None else world_size,
+            Path(utils.get_output_root_path()),
+        )
 
     @staticmethod
     def in_modelarts() -> bool:

@@ -39,7 +39,7 @@ def load_checkpoint(original: Callable[..., None], config: Any, *args: Any, **kw
         logger.info("on ModelArts MindFormers' own conversion is used, not that of auto_trans")
         original(config, *args, **kwargs)
         return
-    job = Job()
+    job = Job.current()
     settings = AutoTransConfig.from_settings(config, _load_path(config))
     elect(job.world_size, settings.transform_process_num)
     with job.loading(settings):

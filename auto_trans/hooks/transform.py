@@ -10,7 +10,7 @@ from typing import Any, Optional
 from auto_trans.checkpoint.files import SourceCheckpoint, rank_file
 from auto_trans.checkpoint.publish import write_json
 from auto_trans.config import AutoTransConfig
-from auto_trans.convert import Conversion, as_strategy, find_source, run_conversion
+from auto_trans.conversion import Conversion, as_strategy, find_source, run_conversion
 from auto_trans.coordination.barrier import Heartbeat, wait_until
 from auto_trans.coordination.election import Assignment, elect
 from auto_trans.coordination.session import LEADER, Session
@@ -20,7 +20,7 @@ from auto_trans.log import logger
 from auto_trans.resources import format_bytes
 from auto_trans.strategy import Strategy, describe_difference, merge_strategies, read_strategy, same_slices
 
-__all__ = ["REPORT_NAME", "TransformCkpt"]
+__all__ = ["REPORT_NAME", "TransformCkpt", "convert_together"]
 
 REPORT_NAME = "auto_trans_report.json"
 
@@ -54,7 +54,7 @@ class TransformCkpt:
         transform_by_rank: bool = False,
         npu_num_per_node: Optional[int] = None,
     ) -> None:
-        self._job = Job(rank_id, world_size)
+        self._job = Job.current(rank_id, world_size)
         self._given = {
             "transform_process_num": transform_process_num,
             "transform_by_rank": transform_by_rank,
@@ -96,10 +96,26 @@ class TransformCkpt:
             settings = AutoTransConfig.from_settings(
                 {**self._given, "src_strategy_path_or_dir": src_strategy}, src_checkpoint
             )
-        common = json.dumps([Path(src_checkpoint).name, self.transform_rank_id_list, settings.engine, prefix])
-        with self._job.session("convert", common, settings.timing) as session:
-            _Together(self._job, session, settings, self.assignments, prefix).run()
+        convert_together(self._job, settings, self.assignments, prefix)
         return str(self._job.transformed_dir)
+
+
+def convert_together(job: Job, settings: AutoTransConfig, assignments: tuple[Assignment, ...], prefix: str) -> None:
+    """Converts the checkpoint of a job by all its ranks, which all call this.
+
+    Args:
+        job: The job.
+        settings: Its settings.
+        assignments: The elected converter ranks.
+        prefix: Beginning of the target files' names.
+
+    Raises:
+        AutoTransError: The conversion failed here or on another rank.
+    """
+    ranks = [assignment.rank for assignment in assignments]
+    common = json.dumps([Path(settings.load_checkpoint).name, ranks, settings.engine, prefix])
+    with job.session("convert", common, settings.timing) as session:
+        _Together(job, session, settings, assignments, prefix).run()
 
 
 class _Together:
