@@ -31,7 +31,7 @@ def slice_checkpoint(checkpoint: Path, folder: Path, mp: int) -> None:
         for name, weight in weights.items():
             dimension = sliced_dimension(name)
             part = weight if dimension is None else np.split(weight, mp, dimension)[rank]
-            slices.append({"name": name, "data": mindspore.Tensor(np.ascontiguousarray(part))})
+            slices.append({"name": name, "data": mindspore.Tensor(np.array(part, order="C"))})
         target = folder / "checkpoint" / f"rank_{rank}"
         target.mkdir(parents=True)
         mindspore.save_checkpoint(slices, str(target / f"tiny_rank_{rank}-1_8.ckpt"))

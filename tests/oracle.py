@@ -7,8 +7,9 @@ the strategy files that auto_trans reads.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Mapping, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -56,7 +57,14 @@ def write_raw(path: Path, tensors: Mapping[str, Raw]) -> Path:
 
 def raw(array: np.ndarray, dtype: str = "") -> Raw:
     """The file form of an array; BFloat16 keeps the upper half of float32."""
-    names = {"float32": "Float32", "float16": "Float16", "int32": "Int32", "int64": "Int64", "uint8": "UInt8", "int8": "Int8"}
+    names = {
+        "float32": "Float32",
+        "float16": "Float16",
+        "int32": "Int32",
+        "int64": "Int64",
+        "uint8": "UInt8",
+        "int8": "Int8",
+    }
     dtype = dtype or names[array.dtype.name]
     if dtype == "BFloat16":
         array = (array.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -115,7 +123,9 @@ class Genuine:
         return box
 
 
-def save_with_mindspore(folder: Path, slices: Mapping[int, Mapping[str, np.ndarray]], dtypes: Mapping[str, str]) -> Path:
+def save_with_mindspore(
+    folder: Path, slices: Mapping[int, Mapping[str, np.ndarray]], dtypes: Mapping[str, str]
+) -> Path:
     """Saves rank folders with mindspore.save_checkpoint."""
     import mindspore
 

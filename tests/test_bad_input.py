@@ -119,7 +119,9 @@ def test_encrypted_checkpoint(case, snapshot):
 
 
 def test_distributed_source_without_strategy(case, snapshot):
-    case.refused(snapshot, ConfigError, "8 rank folders, but no source strategy.*src_strategy_path_or_dir", src_strategy=None)
+    case.refused(
+        snapshot, ConfigError, "8 rank folders, but no source strategy.*src_strategy_path_or_dir", src_strategy=None
+    )
 
 
 def test_single_file_with_a_strategy_of_many_ranks(case, snapshot):
@@ -128,7 +130,9 @@ def test_single_file_with_a_strategy_of_many_ranks(case, snapshot):
 
 def test_one_stages_unmerged_file_for_a_pipeline_source(case, snapshot):
     one = case.source_strategy / "ckpt_strategy_rank_0.ckpt"
-    case.refused(snapshot, PlanError, r"8 rank folders.*describes 4 ranks.*strategy folder or the merged file", src_strategy=one)
+    case.refused(
+        snapshot, PlanError, r"8 rank folders.*describes 4 ranks.*strategy folder or the merged file", src_strategy=one
+    )
 
 
 def test_one_stages_unmerged_file_for_a_pipeline_target(case, snapshot):
@@ -236,7 +240,10 @@ def test_unwritable_output(case, tmp_path):
     (tmp_path / "strategy").chmod(0o755)
     packages = os.pathsep.join(p for p in sys.path if p)
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": packages}
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": packages},
     )
     assert result.returncode == 1, result.stderr
     assert "OutputError" in result.stderr and "locked" in result.stderr

@@ -52,7 +52,9 @@ def test_any_chunks_and_any_memory_give_the_same_bytes(tmp_path_factory, monkeyp
         copied = {}
         for rank in range(a.world_size):  # the same source again, in chunks
             (found,) = find_checkpoints(folder / "whole" / f"rank_{rank}")
-            Conversion(found, folder / f"c{rank}", strategy({"w": Layout((1,))}), strategy({"w": Layout((1,))})).run(quiet=True)
+            Conversion(found, folder / f"c{rank}", strategy({"w": Layout((1,))}), strategy({"w": Layout((1,))})).run(
+                quiet=True
+            )
             copied[rank] = folder / f"c{rank}" / "rank_0" / "checkpoint_0.ckpt"
             (folder / "chunked" / f"rank_{rank}").mkdir(parents=True)
             copied[rank].rename(folder / "chunked" / f"rank_{rank}" / f"n_rank_{rank}-1_1.ckpt")
@@ -86,7 +88,11 @@ def test_source_and_strategies_are_untouched(genuine, tmp_path, snapshot):
     source = genuine.source("mf_llama", "dp2mp2pp2")
     before = snapshot(source), snapshot(weights.strategy("dp2mp2pp2")), snapshot(weights.strategy("dp2mp2_opt"))
     convert(source, tmp_path, weights.strategy("dp2mp2pp2"), weights.strategy("dp2mp2_opt"))
-    assert before == (snapshot(source), snapshot(weights.strategy("dp2mp2pp2")), snapshot(weights.strategy("dp2mp2_opt")))
+    assert before == (
+        snapshot(source),
+        snapshot(weights.strategy("dp2mp2pp2")),
+        snapshot(weights.strategy("dp2mp2_opt")),
+    )
 
 
 def test_same_inputs_again_are_reused_and_others_refused(genuine, tmp_path, snapshot):
@@ -146,9 +152,13 @@ def test_mindspore_engine_agrees(genuine, tmp_path, target):
     report = convert(source, tmp_path / "theirs", *sides, engine="mindspore")
     for record in report.files:
         assert oracle.read_raw(tmp_path / "ours" / record.file) == oracle.read_raw(tmp_path / "theirs" / record.file)
-    assert sorted(p.name for p in (tmp_path / "theirs").iterdir()) == sorted(p.name for p in (tmp_path / "ours").iterdir())
+    assert sorted(p.name for p in (tmp_path / "theirs").iterdir()) == sorted(
+        p.name for p in (tmp_path / "ours").iterdir()
+    )
     part = convert(source, tmp_path / "rank", *sides, engine="mindspore", ranks=[0])
-    assert oracle.read_raw(tmp_path / "rank" / part.files[0].file) == oracle.read_raw(tmp_path / "ours" / part.files[0].file)
+    assert oracle.read_raw(tmp_path / "rank" / part.files[0].file) == oracle.read_raw(
+        tmp_path / "ours" / part.files[0].file
+    )
 
 
 @pytest.mark.parametrize("source, target", [(24, 16), (16, 24), (3, 2), (1, 24)])

@@ -26,22 +26,36 @@ def test_public_names_are_these():
 def test_error_tree_is_what_the_module_draws():
     drawn = [line.split()[1:3] for line in errors.__doc__.splitlines() if "──" in line]
     names = [words[0] if "──" not in words[0] else words[1] for words in drawn]
-    assert set(errors.__all__) == {"AutoTransError", *(n for line in errors.__doc__.splitlines() for n in line.split() if n.endswith("Error"))}
+    assert set(errors.__all__) == {
+        "AutoTransError",
+        *(n for line in errors.__doc__.splitlines() for n in line.split() if n.endswith("Error")),
+    }
     assert names
     for name in errors.__all__:
         error = getattr(errors, name)
         assert issubclass(error, errors.AutoTransError)
-        builtins = [c for c in error.__mro__ if c.__module__ == "builtins" and c not in (Exception, BaseException, object)]
+        builtins = [
+            c for c in error.__mro__ if c.__module__ == "builtins" and c not in (Exception, BaseException, object)
+        ]
         assert builtins or error is errors.AutoTransError
 
 
 def test_functions_stay_functions_whatever_is_imported_before():
-    assert run("import auto_trans.conversion, auto_trans.cli.convert; from auto_trans import convert; convert.__call__").returncode == 0
+    assert (
+        run(
+            "import auto_trans.conversion, auto_trans.cli.convert; from auto_trans import convert; convert.__call__"
+        ).returncode
+        == 0
+    )
 
 
 def test_import_loads_neither_mindspore_nor_numpy():
-    code = "import sys, auto_trans; bad = {'mindspore', 'mindformers', 'numpy', 'typing'} & set(sys.modules); print(bad)"
-    result = subprocess.run([sys.executable, "-S", "-c", "import sys; sys.path.insert(0, '.');" + code], capture_output=True, text=True)
+    code = (
+        "import sys, auto_trans; bad = {'mindspore', 'mindformers', 'numpy', 'typing'} & set(sys.modules); print(bad)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", "import sys; sys.path.insert(0, '.');" + code], capture_output=True, text=True
+    )
     assert result.stdout.strip() == "set()", result.stderr
 
 

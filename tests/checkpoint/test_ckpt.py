@@ -14,15 +14,28 @@ from auto_trans.checkpoint.ckpt import content_digest, encoded_size, record_head
 from auto_trans.errors import CorruptCheckpointError, EncryptedCheckpointError, UnsupportedCheckpointError
 
 RNG = np.random.default_rng(3)
-DTYPES = ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"]
+DTYPES = [
+    "bool",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float16",
+    "float32",
+    "float64",
+]
 
 
 def every_dtype():
     """One parameter of every type that MindSpore saves, with a scalar, an empty shape and a string among them."""
-    tensors = [
-        {"name": f"layer.{d}", "data": mindspore.Tensor(RNG.integers(0, 2, (3, 4)).astype(d))} for d in DTYPES
-    ]
-    tensors.append({"name": "layer.bfloat16", "data": mindspore.Tensor(RNG.standard_normal((5, 2)), mindspore.bfloat16)})
+    tensors = [{"name": f"layer.{d}", "data": mindspore.Tensor(RNG.integers(0, 2, (3, 4)).astype(d))} for d in DTYPES]
+    tensors.append(
+        {"name": "layer.bfloat16", "data": mindspore.Tensor(RNG.standard_normal((5, 2)), mindspore.bfloat16)}
+    )
     tensors.append({"name": "scalar", "data": mindspore.Tensor(2.5, mindspore.float32)})
     tensors.append({"name": "one", "data": mindspore.Tensor([7], mindspore.int32)})
     tensors.append({"name": "naïve.名前", "data": mindspore.Tensor([1, 2], mindspore.int32)})
@@ -139,7 +152,9 @@ def test_missing_chunk_is_noticed(tmp_path):
 
 
 def test_parameter_that_comes_twice_is_refused(tmp_path):
-    one = oracle.write_raw(tmp_path / "a.ckpt", {"w": oracle.raw(np.ones(2, np.float32)), "v": oracle.raw(np.ones(1, np.float32))})
+    one = oracle.write_raw(
+        tmp_path / "a.ckpt", {"w": oracle.raw(np.ones(2, np.float32)), "v": oracle.raw(np.ones(1, np.float32))}
+    )
     twice = tmp_path / "b.ckpt"
     twice.write_bytes(one.read_bytes() * 2)
     with pytest.raises(CorruptCheckpointError, match="w twice"):

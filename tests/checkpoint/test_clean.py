@@ -45,7 +45,16 @@ def spellings(output, tmp_path):
     }
 
 
-KINDS = ["the folder", "trailing slash", "relative", "dots", "symlink", "a file inside", "rank folder of symlinks", "strategy file"]
+KINDS = [
+    "the folder",
+    "trailing slash",
+    "relative",
+    "dots",
+    "symlink",
+    "a file inside",
+    "rank folder of symlinks",
+    "strategy file",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)

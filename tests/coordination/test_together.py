@@ -234,7 +234,9 @@ def test_ranks_started_with_different_settings_are_told(launch):
         assert "different settings" in text
 
 
-@pytest.mark.parametrize("damage, message", [("truncated", "is not a complete MindSpore checkpoint"), ("strategy", "describe 8 ranks")])
+@pytest.mark.parametrize(
+    "damage, message", [("truncated", "is not a complete MindSpore checkpoint"), ("strategy", "describe 8 ranks")]
+)
 def test_bad_input_is_told_on_every_rank_within_seconds(launch, tmp_path, damage, message):
     job = launch().compile("dp4mp2" if damage == "strategy" else TARGET)
     if damage == "truncated":

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+DEMO = Path(__file__).parents[2] / "demo"
+
+
+class Run(NamedTuple):
+    """What became of a job: exit code and log of every rank."""
+
+    code: int
+    logs: list[str]
+
+    @property
+    def losses(self) -> list[list[str]]:
+        """Per rank the loss of every step, as it was printed."""
+        return [re.findall(r"step:\[ *\d+/ *\d+\], loss:\[([\d.]+)/", log) for log in self.logs]
+
+
+class TinyLlama:
+    """A tiny LLaMA, its data, and its checkpoints, made by the real Trainer."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._python(DEMO / "prepare.py", "data", folder / "data")
+        assert self.train("first").code == 0
+        self.checkpoint = folder / "first" / "checkpoint"
+        self.complete = self.checkpoint / "rank_0" / "tiny_rank_0-1_8.ckpt"
+        self._python(DEMO / "prepare.py", "slice", self.complete, folder / "mp4", 4)
+        self.distributed, self.strategy = folder / "mp4" / "checkpoint", folder / "mp4" / "strategy"
+
+    def train(self, output: str, *settings: str, ranks: int = 1, environ: dict | None = None) -> Run:
+        """Trains with the Trainer; several ranks are started by msrun."""
+        arguments = [
+            str(DEMO / "start.py"), str(DEMO / "tiny_llama.yaml"), f"output_dir={self.folder / output}",
+            f"train_dataset.data_loader.dataset_dir={self.folder / 'data'}", *map(str, settings),
+        ]  # fmt: skip
+        if ranks == 1:
+            done = self._python(*arguments, check=False, environ=environ)
+            return Run(done.returncode, [done.stdout])
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        logs = self.folder / f"{output}_logs"
+        msrun = [str(Path(sys.executable).parent / "msrun"), f"--worker_num={ranks}", f"--local_worker_num={ranks}"]
+        msrun += [f"--master_port={port}", f"--log_dir={logs}", "--join=True", "--cluster_time_out=120"]
+        parallel = ["use_parallel=True", "parallel.parallel_mode=0", f"parallel_config.data_parallel={ranks}"]
+        done = subprocess.run(
+            [*msrun, *arguments, *parallel],
+            env=self._environ(environ),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        return Run(done.returncode, [(logs / f"worker_{r}.log").read_text(errors="replace") for r in range(ranks)])
+
+    def _python(self, *arguments, check=True, environ=None):
+        return subprocess.run(
+            [sys.executable, *map(str, arguments)], env=self._environ(environ), cwd=self.folder, check=check, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280,
+        )  # fmt: skip
+
+    @staticmethod
+    def _environ(extra):
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # msrun starts plain "python"
+        return {**os.environ, "PATH": path, "GLOG_v": "3", **(extra or {})}
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return TinyLlama(tmp_path_factory.mktemp("llama"))

@@ -1,0 +1,129 @@
+"""The hook in the real MindFormers Trainer, alone and with four ranks under msrun."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import oracle
+import pytest
+
+from auto_trans.hooks.transform import REPORT_NAME
+
+pytestmark = pytest.mark.trainer
+
+
+@pytest.fixture(scope="module")
+def alone(llama):
+    """One rank that loads the unsliced weights with MindFormers alone."""
+    run = llama.train("alone", f"load_checkpoint={llama.complete}", environ={"AUTO_TRANS_DISABLE": "1"})
+    assert run.code == 0, run.logs[0][-3000:]
+    return run
+
+
+@pytest.fixture(scope="module")
+def four(llama):
+    """Four ranks that load the unsliced weights with MindFormers alone."""
+    run = llama.train("four", f"load_checkpoint={llama.complete}", ranks=4, environ={"AUTO_TRANS_DISABLE": "1"})
+    assert run.code == 0, run.logs[0][-3000:]
+    return run
+
+
+def distributed(llama):
+    return (
+        f"load_checkpoint={llama.distributed}", f"src_strategy_path_or_dir={llama.strategy}", "auto_trans_ckpt=True",
+    )  # fmt: skip
+
+
+def test_one_rank_with_complete_weights_just_loads(llama, alone):
+    run = llama.train("one", f"load_checkpoint={llama.complete}", "auto_trans_ckpt=True")
+    assert run.code == 0, run.logs[0][-3000:]
+    assert len(re.findall("already match the strategy of this job: nothing is converted", run.logs[0])) == 1
+    assert run.losses == alone.losses and len(run.losses[0]) == 16
+    (link,) = (llama.folder / "one" / "transformed_checkpoint").rglob("*.ckpt")
+    assert link.resolve() == llama.complete.resolve()
+
+
+def test_multi_device_weights_are_merged_for_one_rank(llama, alone):
+    run = llama.train("merged", *distributed(llama))
+    assert run.code == 0, run.logs[0][-3000:]
+    assert "do not match the strategy of this job (4 ranks in 1 stage -> 1 ranks in 1 stage" in run.logs[0]
+    assert run.losses == alone.losses
+    (merged,) = (llama.folder / "merged" / "transformed_checkpoint").rglob("*.ckpt")
+    assert oracle.read_raw(merged) == oracle.read_raw(llama.complete)
+
+
+def test_four_ranks_convert_load_and_train(llama, four):
+    run = llama.train("trans", *distributed(llama), "transform_process_num=2", "compile_stand_in=4x1", ranks=4)
+    assert run.code == 0, run.logs[0][-3000:]
+    assert run.losses == four.losses and all(len(losses) == 4 for losses in run.losses)
+    report = json.loads((llama.folder / "trans" / REPORT_NAME).read_text())
+    assert [(c["rank"], c["slices"]) for c in report["converters"]] == [(0, [0, 1]), (2, [2, 3])]
+    for rank in (1, 3):
+        assert f"rank {rank}: " not in run.logs[rank].replace("waiting", "")
+    converted = oracle.read_raw(
+        llama.folder / "trans" / "transformed_checkpoint" / "checkpoint" / "rank_3" / "checkpoint_3.ckpt"
+    )
+    assert converted == oracle.read_raw(llama.complete)
+
+
+def test_bad_source_is_told_on_every_rank_before_anything_is_built(llama, tmp_path):
+    shutil.copytree(llama.distributed, tmp_path / "source")
+    (file,) = (tmp_path / "source" / "rank_2").iterdir()
+    content = file.read_bytes()
+    file.unlink()
+    file.write_bytes(content[:-100])
+    (llama.folder / "bad" / "transformed_checkpoint").mkdir(parents=True)
+    (llama.folder / "bad" / "transformed_checkpoint" / "finished").write_text("earlier output")
+    settings = (
+        f"load_checkpoint={tmp_path / 'source'}",
+        f"src_strategy_path_or_dir={llama.strategy}",
+        "auto_trans_ckpt=True",
+    )
+    run = llama.train("bad", *settings, ranks=4)
+    assert run.code != 0
+    for log in run.logs:
+        assert "tiny_rank_2-1_8.ckpt is not a complete MindSpore checkpoint" in log
+        assert "Starting Init Train Model" not in log
+    assert (llama.folder / "bad" / "transformed_checkpoint" / "finished").read_text() == "earlier output"
+
+
+def test_source_in_the_folder_to_be_cleaned_is_refused_and_kept(llama, snapshot):
+    inside = llama.folder / "inside" / "transformed_checkpoint" / "net"
+    shutil.copytree(llama.distributed, inside)
+    before = snapshot(inside)
+    run = llama.train(
+        "inside", f"load_checkpoint={inside}/", f"src_strategy_path_or_dir={llama.strategy}", "auto_trans_ckpt=True"
+    )
+    assert run.code != 0
+    assert "ProtectedSourceError" in run.logs[0] and "move it to another place" in run.logs[0]
+    assert snapshot(inside) == before
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("transform_process_num=two", "transform_process_num must be a whole number of at least 1, not 'two'"),
+        ("transform_process_num=0", "transform_process_num should not be smaller than 1"),
+    ],
+)
+def test_wrong_setting_is_told_before_the_load(llama, setting, message):
+    run = llama.train("wrong", *distributed(llama), setting)
+    assert run.code != 0
+    assert message in run.logs[0]
+    assert not (llama.folder / "wrong" / REPORT_NAME).exists()
+
+
+def test_step_of_resume_training_is_followed(llama):
+    settings = (f"load_checkpoint={llama.checkpoint}", "auto_trans_ckpt=True", "resume_training=tiny_rank_0-1_8.ckpt")
+    run = llama.train("resumed", *settings, "runner_config.epochs=2")
+    assert run.code == 0, run.logs[0][-3000:]
+    (link,) = (llama.folder / "resumed" / "transformed_checkpoint").rglob("*.ckpt")
+    assert link.resolve().name == "tiny_rank_0-1_8.ckpt"
+    assert "initial step: 8" in run.logs[0]
+
+
+def test_safetensors_is_left_to_mindformers(llama):
+    run = llama.train("st", f"load_checkpoint={llama.complete}", "auto_trans_ckpt=True", "load_ckpt_format=safetensors")
+    assert "MindFormers' own conversion is used, not that of auto_trans" in run.logs[0]
