@@ -247,10 +247,18 @@ class Conversion:
             meter.close()
         self.manifest.finish()
         return ConversionReport(
-            self.checkpoint.path, self.dst, tuple(records[rank] for rank in sorted(records)), tuple(converted),
-            tuple(sorted(linked)), tuple(sorted(reused)), written, time.monotonic() - begin, self.plan.carried, self.plan.absent,
-            self.plan.dropped,
-        )  # fmt: skip
+            source=self.checkpoint.path,
+            target=self.dst,
+            files=tuple(records[rank] for rank in sorted(records)),
+            converted=tuple(converted),
+            linked=tuple(sorted(linked)),
+            reused=tuple(sorted(reused)),
+            bytes_written=written,
+            seconds=time.monotonic() - begin,
+            carried=self.plan.carried,
+            absent=self.plan.absent,
+            dropped=self.plan.dropped,
+        )
 
     def log_plan(self) -> None:
         """Logs what the plan leaves out or adds, which a user should know."""

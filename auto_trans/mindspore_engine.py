@@ -58,10 +58,17 @@ def run_mindspore(conversion: Conversion, *, by_rank: bool) -> ConversionReport:
             records[rank] = record
     conversion.manifest.finish()
     return ConversionReport(
-        conversion.checkpoint.path, conversion.dst, tuple(records.values()), tuple(r.rank for r in written), (),
-        tuple(reused), sum(r.size for r in written), time.monotonic() - begin, conversion.plan.carried,
-        conversion.plan.absent, conversion.plan.dropped,
-    )  # fmt: skip
+        source=conversion.checkpoint.path,
+        target=conversion.dst,
+        files=tuple(records.values()),
+        converted=tuple(record.rank for record in written),
+        reused=tuple(reused),
+        bytes_written=sum(record.size for record in written),
+        seconds=time.monotonic() - begin,
+        carried=conversion.plan.carried,
+        absent=conversion.plan.absent,
+        dropped=conversion.plan.dropped,
+    )
 
 
 def _transform(conversion: Conversion, ranks: list[int], scratch: Path, by_rank: bool) -> dict[int, Path]:

@@ -59,9 +59,8 @@ class Case:
         path.write_bytes(content)
 
     def convert(self, **changes):
-        arguments = {
-            "src": self.source, "dst": self.target, "src_strategy": self.source_strategy, "dst_strategy": self.target_strategy,
-        }  # fmt: skip
+        sides = {"src_strategy": self.source_strategy, "dst_strategy": self.target_strategy}
+        arguments = {"src": self.source, "dst": self.target, **sides}
         return convert(**{**arguments, **changes})
 
     def refused(self, snapshot, error, message, **changes):

@@ -38,9 +38,9 @@ def test_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(publish.os, "write", full)
-    with pytest.raises(InsufficientDiskError, match=r"x\.ckpt cannot be written: No space left"):
-        with new_file(tmp_path / "x.ckpt") as out:
-            out.write(b"new")
+    message = r"x\.ckpt cannot be written: No space left"
+    with pytest.raises(InsufficientDiskError, match=message), new_file(tmp_path / "x.ckpt") as out:
+        out.write(b"new")
     assert not list(tmp_path.iterdir())
 
 

@@ -213,7 +213,7 @@ def test_strategies_of_another_model_are_refused():
     with pytest.raises(PlanError, match="another model"):
         plan_conversion(Strategy.complete(), b, Index({0: {"w": np.arange(4)}}))
     half = strategy({"w": MP2, "other": MP2})
-    with pytest.raises(PlanError, match="holds strange.*lacks other.*another model"):
+    with pytest.raises(PlanError, match=r"holds strange.*lacks other.*another model"):
         plan_conversion(Strategy.complete(), half, Index({0: {"w": np.arange(4), "strange": np.arange(4)}}))
 
 

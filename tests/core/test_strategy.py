@@ -105,7 +105,7 @@ def test_missing_path_and_empty_folder_are_named(tmp_path):
 @pytest.mark.parametrize("content", [b"\xff\xff\xff not protobuf", b"", b"\n\x05\n\x01a\x12\x00"])
 def test_what_is_no_strategy_file_is_refused_by_name(tmp_path, content):
     (tmp_path / "ckpt_strategy_rank_0.ckpt").write_bytes(content)
-    with pytest.raises(StrategyError, match="ckpt_strategy_rank_0.ckpt"):
+    with pytest.raises(StrategyError, match=r"ckpt_strategy_rank_0\.ckpt"):
         read_strategy(tmp_path / "ckpt_strategy_rank_0.ckpt")
 
 
@@ -144,7 +144,7 @@ def test_uneven_slicing_is_refused_where_it_is_needed(tmp_path, extra):
     file.write_bytes(message.SerializeToString())
     strategy = read_strategy(file)
     assert strategy.layout("even", 0) is not None
-    with pytest.raises(LayoutError, match="table.*sliced unevenly"):
+    with pytest.raises(LayoutError, match=r"table.*sliced unevenly"):
         strategy.layout("table", 0)
 
 

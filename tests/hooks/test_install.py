@@ -23,6 +23,8 @@ ours = [
 ]
 print("PATCHED", sum(hasattr(thing, "_auto_trans_original") for thing in ours), "OF", len(ours))
 """
+# as in an environment that ignores .pth files
+NO_FINDER = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != '_Finder']\n"
 
 
 def run(code, **environ):
@@ -56,16 +58,15 @@ def test_unknown_version_is_left_as_it_is_with_one_warning():
 
 def test_install_works_after_mindformers_was_imported():
     code = CHECK.replace("print", "0 and print", 1) + "import auto_trans; auto_trans.install()\n" + CHECK
-    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != '_Finder']\n" + code
-    assert "PATCHED 6 OF 6" in run(code)
+    assert "PATCHED 6 OF 6" in run(NO_FINDER + code)
 
 
 def test_run_module_starts_a_script_with_the_hook(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys, helper\nprint('ARGUMENTS', sys.argv, __name__)\n" + CHECK)
     (tmp_path / "helper.py").write_text("")
-    remove = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != '_Finder'];"
-    start = f"{remove} import runpy; sys.argv = ['x', {str(script)!r}, '--config', 'my.yaml']; runpy.run_module('auto_trans.run', run_name='__main__')"
+    argv = ["x", str(script), "--config", "my.yaml"]
+    start = f"{NO_FINDER}import runpy; sys.argv = {argv}; runpy.run_module('auto_trans.run', run_name='__main__')"
     out = run(start)
     assert "PATCHED 6 OF 6" in out
     assert f"ARGUMENTS ['{script}', '--config', 'my.yaml'] __main__" in out
@@ -88,11 +89,8 @@ print("NEW", sorted(set(sys.modules) - before), sum(type(f).__name__ == "_Finder
 
 
 def test_module_looks_as_if_never_touched():
-    code = (
-        CHECK
-        + "print(trainer_utils.__spec__.loader.__class__.__name__, trainer_utils.__loader__.get_source('mindformers.trainer.utils')[:1])"
-    )
-    assert "SourceFileLoader #" in run(code)
+    loader = "print(type(trainer_utils.__spec__.loader).__name__, trainer_utils.__loader__.get_source(trainer_utils.__name__)[:1])"
+    assert "SourceFileLoader #" in run(CHECK + loader)
 
 
 class Config(dict):
