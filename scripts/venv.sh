@@ -5,7 +5,7 @@ set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${AUTO_TRANS_VENV:-$root/.venv}
-pip=("$venv/bin/python" -m pip --disable-pip-version-check -q)
+pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 
 if [ ! -f "$venv/complete" ]; then
     python=${PYTHON:-python3.11}

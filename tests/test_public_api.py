@@ -31,10 +31,8 @@ def test_error_tree_is_what_the_module_draws():
     for name in errors.__all__:
         error = getattr(errors, name)
         assert issubclass(error, errors.AutoTransError)
-        builtins = [
-            c for c in error.__mro__ if c.__module__ == "builtins" and c not in (Exception, BaseException, object)
-        ]
-        assert builtins or error is errors.AutoTransError
+        bases = [c for c in error.__mro__ if c.__module__ == "builtins" and c not in (Exception, BaseException, object)]
+        assert bases or error is errors.AutoTransError
 
 
 def test_functions_stay_functions_whatever_is_imported_before():

@@ -89,7 +89,7 @@ print("NEW", sorted(set(sys.modules) - before), sum(type(f).__name__ == "_Finder
 
 
 def test_module_looks_as_if_never_touched():
-    loader = "print(type(trainer_utils.__spec__.loader).__name__, trainer_utils.__loader__.get_source(trainer_utils.__name__)[:1])"
+    loader = "m = trainer_utils; print(type(m.__spec__.loader).__name__, m.__loader__.get_source(m.__name__)[:1])"
     assert "SourceFileLoader #" in run(CHECK + loader)
 
 

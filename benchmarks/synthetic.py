@@ -1,0 +1,74 @@
+"""Synthetic inputs: LLaMA-like weights of any size, and the strategy files of any parallel strategy for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from auto_trans.checkpoint.ckpt import record_heads
+from auto_trans.strategy_pb import ParallelStrategyMap
+
+__all__ = ["llama_parameters", "write_checkpoint", "write_strategy"]
+
+# parameter -> the dimension that tensor parallelism slices
+_SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+
+
+def llama_parameters(nbytes: int, item: int = 2, *, layers: int = 8) -> dict[str, tuple[int, ...]]:
+    """Shapes of a LLaMA of about ``nbytes`` bytes: hidden size h, feed-forward 2.75 h, vocabulary 4 h."""
+    hidden = int((nbytes / item / (layers * 12.25 + 8)) ** 0.5) // 128 * 128
+    feed = hidden * 11 // 4
+    shapes: dict[str, tuple[int, ...]] = {"model.tok_embeddings.embedding_weight": (4 * hidden, hidden)}
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        for name in ("wq", "wk", "wv", "wo"):
+            shapes[f"{layer}.attention.{name}.weight"] = (hidden, hidden)
+        shapes[f"{layer}.feed_forward.w1.weight"] = shapes[f"{layer}.feed_forward.w3.weight"] = (feed, hidden)
+        shapes[f"{layer}.feed_forward.w2.weight"] = (hidden, feed)
+        shapes[f"{layer}.attention_norm.weight"] = shapes[f"{layer}.ffn_norm.weight"] = (hidden,)
+    shapes["model.norm_out.weight"] = (hidden,)
+    shapes["lm_head.weight"] = (4 * hidden, hidden)
+    return shapes
+
+
+def write_strategy(folder: Path, shapes: dict[str, tuple[int, ...]], dp: int = 1, mp: int = 1, pp: int = 1) -> Path:
+    """Writes the per-rank strategy files of a job; layers are spread evenly over the stages."""
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("model.layers."))
+    for stage in range(pp):
+        message = ParallelStrategyMap(current_stage=2)
+        message.parallel_strategy_item.add(node_name=f"MatMul_{stage}").parallel_strategys.stage = stage
+        for name, shape in shapes.items():
+            if _stage(name, layers, pp) != stage:
+                continue
+            layouts = message.parallel_layout_item.add(param_name=name).parallel_layouts
+            sliced = _SLICED.get(name.split(".")[-2]) if mp > 1 else None
+            layouts.dev_matrix.add(dim=[dp, mp])
+            layouts.tensor_map.add(dim=[0 if dim == sliced else -1 for dim in range(len(shape))])
+            layouts.param_split_shape.add()
+            layouts.indices_offset.add()
+            layouts.field = layouts.opt_weight_shard_step = layouts.opt_weight_shard_size = 0
+        for rank in range(stage * dp * mp, (stage + 1) * dp * mp):
+            (folder / f"ckpt_strategy_rank_{rank}.ckpt").write_bytes(message.SerializeToString())
+    return folder
+
+
+def write_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "Float16") -> int:
+    """Writes a complete checkpoint with random contents; returns its bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    item = {"Float16": 2, "BFloat16": 2, "Float32": 4}[dtype]
+    with open(path, "wb") as f:
+        for name, shape in shapes.items():
+            for head, length in record_heads(name, dtype, shape, item * int(np.prod(shape))):
+                f.write(head)
+                # small numbers in every type: no NaN that a detour over float32 could change
+                f.write((rng.integers(0, 256, length // 2, dtype=np.uint16) | 0x3C00).tobytes())
+    return path.stat().st_size
+
+
+def _stage(name: str, layers: int, pp: int) -> int:
+    if name.startswith("model.layers."):
+        return int(name.split(".")[2]) * pp // layers
+    return 0 if "tok_embeddings" in name else pp - 1
