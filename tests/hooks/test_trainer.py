@@ -54,6 +54,13 @@ def test_multi_device_weights_are_merged_for_one_rank(llama, alone):
     assert oracle.read_raw(merged) == oracle.read_raw(llama.complete)
 
 
+def test_settings_of_our_own_are_read_from_the_yaml(llama, alone):
+    run = llama.train("engine", *distributed(llama), "auto_trans={engine: mindspore, heartbeat_timeout: 30}")
+    assert run.code == 0, run.logs[0][-3000:]
+    assert json.loads((llama.folder / "engine" / REPORT_NAME).read_text())["engine"] == "mindspore"
+    assert run.losses == alone.losses
+
+
 def test_four_ranks_convert_load_and_train(llama, four):
     run = llama.train("trans", *distributed(llama), "transform_process_num=2", "compile_stand_in=4x1", ranks=4)
     assert run.code == 0, run.logs[0][-3000:]
