@@ -174,11 +174,12 @@ class Conversion:
         """The files that are not there yet for any of their ranks."""
         return [file for file in self.plan.files if not any(self.manifest.done(rank) for rank in file.ranks)]
 
-    def check(self, processes: int = 1) -> None:
+    def check(self, neighbours: int = 1, converters: int = 1) -> None:
         """Checks all that can be checked before any work.
 
         Args:
-            processes: How many converters like this one share the machine's memory and the disk.
+            neighbours: How many converters like this one share the machine's memory.
+            converters: How many share the disk.
 
         Raises:
             OutputExistsError: The target holds files of something else.
@@ -193,8 +194,8 @@ class Conversion:
                     f"{foreign} is there already and was not made by this conversion; it is not overwritten: give another "
                     f"target folder, or remove it"
                 )
-        check_memory(self.memory_limit, processes)
-        check_disk(self.dst, processes * sum(self.file_size(file) for file in self.todo()))
+        check_memory(self.memory_limit, neighbours)
+        check_disk(self.dst, converters * sum(self.file_size(file) for file in self.todo()))
         for name, ranks in self.plan.replicated.items():
             files = [self._index.file(rank) for rank in ranks]
             digests = {content_digest(file, name) if name in file.tensors else None for file in files}
@@ -330,7 +331,8 @@ def run_conversion(
     engine: str,
     *,
     by_rank: bool = False,
-    processes: int = 1,
+    neighbours: int = 1,
+    converters: int = 1,
     quiet: bool = False,
     listener: Optional[Callable[[int, int], None]] = None,
 ) -> ConversionReport:
@@ -340,11 +342,12 @@ def run_conversion(
         conversion: What to do.
         engine: ``native`` or ``mindspore``.
         by_rank: Have the mindspore engine use ``transform_checkpoint_by_rank``; the native one has no such difference.
-        processes: How many converters like this one share the machine.
+        neighbours: How many converters like this one share the machine's memory.
+        converters: How many share the disk.
         quiet: Show no progress.
         listener: Told (bytes done, bytes in all).
     """
-    conversion.check(processes)
+    conversion.check(neighbours, converters)
     conversion.log_plan()
     if engine == "mindspore":
         from auto_trans.mindspore_engine import run_mindspore

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Callable, Optional, TypeVar
 
@@ -71,7 +72,7 @@ class Heartbeat:
     def __init__(self, path: Path, interval: float) -> None:
         self._path, self._interval = path, interval
         self._stop = threading.Event()
-        self._done, self._total, self._beat = 0, 0, 0
+        self._done, self._total, self._beat, self._idle = 0, 0, 0, False
         self._identity = process_identity()
         self._thread = threading.Thread(target=self._run, name="auto_trans-heartbeat", daemon=True)
 
@@ -83,6 +84,15 @@ class Heartbeat:
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
         self._thread.join()
+
+    @contextlib.contextmanager
+    def idle(self) -> Iterator[None]:
+        """While the rank itself waits, or cannot tell how far it is: alive is all that is asked of it."""
+        self._idle = True
+        try:
+            yield
+        finally:
+            self._idle = False
 
     def progress(self, done: int, total: int) -> None:
         """Tells how far the work is; the next sign of life carries it."""
@@ -97,8 +107,8 @@ class Heartbeat:
 
     def _write(self) -> None:
         self._beat += 1
-        content = {**self._identity, "beat": self._beat, "done": self._done, "total": self._total}
-        write_json(self._path, content)
+        state = {"beat": self._beat, "done": self._done, "total": self._total, "idle": self._idle}
+        write_json(self._path, {**self._identity, **state})
 
 
 class PulseMonitor:
@@ -118,7 +128,7 @@ class PulseMonitor:
         if content is not None and content != self._seen:
             before, self._seen = self._seen, content
             self._changed = now
-            if before is None or before.get("done") != content.get("done"):
+            if before is None or content.get("idle") or before.get("done") != content.get("done"):
                 self._progressed = now
         if now - self._changed > self._timing.heartbeat_timeout:
             raise self._lost(f"gave no sign of life for {now - self._changed:.0f} s")

@@ -10,7 +10,7 @@ from typing import Optional
 
 from auto_trans.config import AutoTransConfig, Timing
 from auto_trans.coordination.session import OutputLock, Session, job_key
-from auto_trans.errors import AutoTransError
+from auto_trans.errors import AutoTransError, RankFailedError
 from auto_trans.log import logger
 
 __all__ = ["Job"]
@@ -90,7 +90,8 @@ class Job:
         except BaseException as e:
             if not isinstance(e, AutoTransError):
                 logger.error("rank %d: %s: %s", self.rank, type(e).__name__, e)
-            session.fail(e)
+            if not isinstance(e, RankFailedError):  # that failure is known to all
+                session.fail(e)
             self.release()
             raise
 

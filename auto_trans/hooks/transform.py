@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -156,7 +157,8 @@ class _Together:
                 ", ".join(str(a.rank) for a in self._assignments),
             )  # fmt: skip
             self._convert(checkpoints, source, target, heartbeat)
-            reports = self._session.await_published(self._converted(), "convert")
+            with heartbeat.idle():
+                reports = self._session.await_published(self._converted(), "convert")
             for checkpoint in checkpoints:
                 self._check_all_there(checkpoint, target)
         report = {
@@ -178,12 +180,14 @@ class _Together:
         self._session.publish("complete", report)
 
     def _follow(self, heartbeat: Heartbeat) -> None:
-        prepared = self._session.await_published({"prepared": LEADER}, "prepare the conversion")["prepared"]
+        with heartbeat.idle():
+            prepared = self._session.await_published({"prepared": LEADER}, "prepare the conversion")["prepared"]
         if not prepared["matches"]:
             source = as_strategy(self._settings.src_strategy)
             checkpoints = find_source(self._settings.load_checkpoint, source, self._settings.resume_file)
             self._convert(checkpoints, source, self._target(), heartbeat)
-        self._await_complete()
+        with heartbeat.idle():
+            self._await_complete()
 
     def _await_complete(self) -> None:
         prepared = self._session.await_published({"prepared": LEADER}, "prepare the conversion")["prepared"]
@@ -206,10 +210,13 @@ class _Together:
                 checkpoint, self._job.transformed_dir / checkpoint.name, source, target, prefix=self._prefix,
                 ranks=self._own.slices, memory_limit=self._settings.memory_limit,
             )  # fmt: skip
-            report = run_conversion(
-                conversion, self._settings.engine, by_rank=by_rank and self._job.world_size > 1, processes=neighbours,
-                listener=heartbeat.progress,
-            )  # fmt: skip
+            # MindSpore's API does not tell how far it is
+            silent = self._settings.engine == "mindspore"
+            with heartbeat.idle() if silent else contextlib.nullcontext():
+                report = run_conversion(
+                    conversion, self._settings.engine, by_rank=by_rank and self._job.world_size > 1,
+                    neighbours=neighbours, converters=len(self._assignments), listener=heartbeat.progress,
+                )  # fmt: skip
             written += report.bytes_written
             logger.info("rank %d: %s", self._job.rank, report)
         self._session.publish(

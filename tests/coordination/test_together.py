@@ -177,6 +177,11 @@ def test_hanging_converter_is_alive_without_progress(launch):
         assert "rank 2 (host" in text and "is alive but made no progress" in text
 
 
+def test_rank_that_waits_for_a_slow_one_does_not_count_as_hanging(launch):
+    """Rank 0 is done at once and has no more progress to show; rank 2 takes longer than the stall timeout."""
+    launch().compile().start(faults={2: "slow"}, timing={"stall_timeout": 3}).succeeds()
+
+
 def test_late_rank_is_waited_for(launch):
     begin = time.monotonic()
     job = launch().compile().start(late={"3": 20}, timing={"log_interval": 2})

@@ -31,7 +31,12 @@ def main() -> None:
                 raise RuntimeError("the disk of rank has a bad day")
             if fault == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
-            time.sleep(3600 if fault == "hang" else float(fault))
+            if fault == "slow":
+                for step in range(12):
+                    kwargs["listener"](step, 100)
+                    time.sleep(0.5)
+            else:
+                time.sleep(3600 if fault == "hang" else float(fault))
             return convert(*args, **kwargs)
 
         transform.run_conversion = faulty
