@@ -11,12 +11,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import xxhash
 
-from auto_trans.checkpoint.ckpt import CheckpointIndex, StoredTensor, content_digest, encoded_size, scan
 from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints, rank_file
+from auto_trans.checkpoint.formats import encoded_size, parse_format, scan
+from auto_trans.checkpoint.index import CheckpointIndex, StoredTensor, content_digest
 from auto_trans.checkpoint.manifest import FileRecord, Manifest
 from auto_trans.checkpoint.publish import replicate
 from auto_trans.config import DEFAULT_MEMORY, ENGINES, parse_engine, parse_memory
@@ -97,13 +98,15 @@ class ScannedSource:
         return str(self.checkpoint.files[rank])
 
 
-def find_source(src: PathLike, src_strategy: StrategyLike, resume_file: Optional[str] = None) -> list[SourceCheckpoint]:
+def find_source(
+    src: PathLike, src_strategy: StrategyLike, resume_file: Optional[str] = None, step: Optional[str] = None
+) -> list[SourceCheckpoint]:
     """Finds the source checkpoints and checks that strategy and files go together.
 
     Raises:
         ConfigError: A strategy is given for a single file, or none for a distributed checkpoint.
     """
-    found = find_checkpoints(Path(src), resume_file)
+    found = find_checkpoints(Path(src), resume_file, step)
     strategy = as_strategy(src_strategy)
     for checkpoint in found:
         if strategy.is_complete and len(checkpoint.files) > 1:
@@ -137,6 +140,8 @@ class Conversion:
         prefix: Beginning of the target files' names.
         ranks: The target ranks to convert; all by default.
         memory_limit: Bytes of memory that the conversion may use.
+        format: ``ckpt`` or ``safetensors``; that of the source by default.
+        reuse: Keep files that are there already and were made from the same inputs.
 
     Attributes:
         plan: What will be done.
@@ -152,11 +157,15 @@ class Conversion:
         prefix: str = "checkpoint_",
         ranks: Optional[Iterable[int]] = None,
         memory_limit: Optional[int] = None,
+        format: Optional[str] = None,
+        reuse: bool = True,
     ) -> None:
         if not isinstance(prefix, str) or not prefix or "/" in prefix:
             raise ConfigError(f"prefix must be the beginning of a file name, not {prefix!r}")
         self.checkpoint, self.dst, self.source, self.target, self.prefix = checkpoint, dst, source, target, prefix
         self.memory_limit = memory_limit or DEFAULT_MEMORY
+        self.format = parse_format(format) if format else checkpoint.format
+        self.reuse = reuse
         self._index = ScannedSource(checkpoint)
         self.plan: ConversionPlan = plan_conversion(source, target, self._index, ranks)
         self.manifest = Manifest(dst, self._inputs_digest(), target.world_size)
@@ -168,11 +177,15 @@ class Conversion:
 
     def file_size(self, file: FilePlan) -> int:
         """Bytes of a target file."""
-        return sum(encoded_size(t.name, t.dtype, t.dims, t.nbytes) for t in file.tensors)
+        return encoded_size(self.format, file.tensors)
 
     def todo(self) -> list[FilePlan]:
         """The files that are not there yet for any of their ranks."""
-        return [file for file in self.plan.files if not any(self.manifest.done(rank) for rank in file.ranks)]
+        return [file for file in self.plan.files if not any(self._done(rank) for rank in file.ranks)]
+
+    def path(self, rank: int) -> Path:
+        """Where the file of a target rank goes."""
+        return rank_file(self.dst, self.prefix, rank, self.format.suffix)
 
     def check(self, neighbours: int = 1, converters: int = 1) -> None:
         """Checks all that can be checked before any work.
@@ -228,19 +241,19 @@ class Conversion:
         try:
             with Executor(sources, buffer_bytes, meter) as executor:
                 for file in self.plan.files:
-                    there = {rank: record for rank in file.ranks if (record := self.manifest.done(rank))}
+                    there = {rank: record for rank in file.ranks if (record := self._done(rank))}
                     reused += there
                     if not there:
                         first = file.ranks[0]
-                        path = rank_file(self.dst, self.prefix, first)
-                        there[first] = self.manifest.add(first, path, executor.write(file, path))
+                        path = self.path(first)
+                        there[first] = self.manifest.add(first, path, executor.write(file, path, self.format))
                         converted.append(first)
                         written += there[first].size
                     records.update(there)
                     original = next(iter(there.values()))
                     for rank in file.ranks:
                         if rank not in there:
-                            path = rank_file(self.dst, self.prefix, rank)
+                            path = self.path(rank)
                             replicate(self.dst / original.file, path)
                             records[rank] = self.manifest.add(rank, path, original.xxh3_128)
                             linked.append(rank)
@@ -271,12 +284,15 @@ class Conversion:
         if plan.dropped:
             logger.warning("optimizer state dropped, the target has no optimizer: %s", _names(plan.dropped))
 
+    def _done(self, rank: int) -> Optional[FileRecord]:
+        return self.manifest.done(rank) if self.reuse else None
+
     def _inputs_digest(self) -> str:
         sources = []
         for rank, file in self.checkpoint.files.items():
             stat = file.stat()
             sources.append([rank, str(file.resolve()), stat.st_size, stat.st_mtime_ns])
-        inputs = [sources, self.source.digest, self.target.digest, self.prefix]
+        inputs = [sources, self.source.digest, self.target.digest, self.prefix, self.format.name]
         return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
 
 
@@ -290,13 +306,16 @@ def convert(
     ranks: Optional[Iterable[int]] = None,
     engine: str = "native",
     memory_limit: Union[int, str, None] = None,
+    format: Optional[str] = None,
+    step: Optional[str] = None,
+    reuse: bool = True,
     quiet: bool = True,
 ) -> ConversionReport:
     """Converts a checkpoint from one parallel strategy to another.
 
     Args:
-        src: A complete ``.ckpt`` file, or a folder of ``rank_N/`` folders with a ``.ckpt`` file each; of several the
-            latest step that all ranks have is taken.
+        src: A complete file, or a folder of ``rank_N/`` folders with a file each; of several the latest step that all
+            ranks have is taken. The files are ``.ckpt`` or ``.safetensors``.
         dst: Folder that gets ``rank_N/{prefix}N.ckpt``. Files that are there already and were made from the same inputs
             are kept; others are not overwritten.
         src_strategy: Strategy file, merged file or folder of the source; None if it is complete.
@@ -305,6 +324,9 @@ def convert(
         ranks: The target ranks to convert; all by default.
         engine: ``native``, or ``mindspore`` to delegate to MindSpore's own API.
         memory_limit: Memory that the conversion may use, in bytes or e.g. ``"512MiB"``; 64 MiB by default.
+        format: Format of the target, ``ckpt`` or ``safetensors``; that of the source by default.
+        step: The step to take from the rank folders, as ``{epoch}_{step}``; the latest by default.
+        reuse: Keep files that are there already and were made from the same inputs.
         quiet: Show no progress.
 
     Returns:
@@ -314,16 +336,36 @@ def convert(
         AutoTransError: Anything that is wrong with the input or the output, see `auto_trans.errors`. The source is never
             touched, and no incomplete file bears its final name.
     """
-    limit = parse_memory(memory_limit)
+    conversion = prepare(
+        src, dst, src_strategy, dst_strategy, prefix=prefix, ranks=ranks, memory_limit=memory_limit, format=format,
+        step=step, reuse=reuse,
+    )  # fmt: skip
+    return run_conversion(conversion, parse_engine(engine), quiet=quiet)
+
+
+def prepare(
+    src: PathLike,
+    dst: PathLike,
+    src_strategy: StrategyLike = None,
+    dst_strategy: StrategyLike = None,
+    *,
+    step: Optional[str] = None,
+    memory_limit: Union[int, str, None] = None,
+    **options: Any,
+) -> Conversion:
+    """Plans a conversion without doing anything; takes what `convert` takes.
+
+    Raises:
+        ConfigError: The source is a folder of several complete checkpoints.
+    """
     source, target = as_strategy(src_strategy), as_strategy(dst_strategy)
-    found = find_source(src, source)
+    found = find_source(src, source, step=step)
     if len(found) > 1:
         raise ConfigError(
             f"source {src} holds {len(found)} complete checkpoints ({', '.join(c.path.name for c in found[:3])}, ...); give "
             f"one of the files"
         )
-    conversion = Conversion(found[0], Path(dst), source, target, prefix=prefix, ranks=ranks, memory_limit=limit)
-    return run_conversion(conversion, parse_engine(engine), quiet=quiet)
+    return Conversion(found[0], Path(dst), source, target, memory_limit=parse_memory(memory_limit), **options)
 
 
 def run_conversion(

@@ -17,7 +17,8 @@ from typing import Callable, Optional
 
 import numpy as np
 
-from auto_trans.checkpoint.ckpt import CheckpointIndex, StoredTensor, record_heads
+from auto_trans.checkpoint.formats import Format
+from auto_trans.checkpoint.index import CheckpointIndex, Record, StoredTensor
 from auto_trans.checkpoint.publish import DigestWriter, new_file
 from auto_trans.errors import SourceChangedError
 from auto_trans.layout import Box, Shape, split_box
@@ -57,8 +58,13 @@ class Executor:
     def __exit__(self, *exc: object) -> None:
         self._maps.clear()
 
-    def write(self, plan: FilePlan, path: Path) -> str:
+    def write(self, plan: FilePlan, path: Path, format: Format) -> str:
         """Writes a target file; it appears under its name once it is complete.
+
+        Args:
+            plan: Its contents.
+            path: Where it goes.
+            format: How it is written.
 
         Returns:
             The digest of the file.
@@ -68,8 +74,8 @@ class Executor:
             OutputError: The file cannot be written.
         """
         with new_file(path) as out:
-            for tensor in plan.tensors:
-                writer = _RecordWriter(out, tensor)
+            for tensor, records in format.encode(plan.tensors):
+                writer = _RecordWriter(out, tensor, records)
                 for part in self._parts(tensor):
                     writer.write(part)
                     self._progress(part.nbytes)
@@ -150,11 +156,11 @@ class Executor:
 
 
 class _RecordWriter:
-    """Writes the contents of a tensor as records of the checkpoint format."""
+    """Writes the contents of a tensor as records of a file format."""
 
-    def __init__(self, out: DigestWriter, tensor: TensorPlan) -> None:
+    def __init__(self, out: DigestWriter, tensor: TensorPlan, records: list[Record]) -> None:
         self._out, self._tensor = out, tensor
-        self._records = record_heads(tensor.name, tensor.dtype, tensor.dims, tensor.nbytes)
+        self._records = iter(records)
         self._room = 0
         self._written = 0
 
@@ -171,7 +177,7 @@ class _RecordWriter:
 
     def close(self) -> None:
         if not self._tensor.nbytes:
-            self._out.write(next(self._records)[0])
+            self._out.write(next(self._records).head)
         if self._written != self._tensor.nbytes:
             raise RuntimeError(f"plan of {self._tensor.name} covers {self._written} of {self._tensor.nbytes} bytes")
 

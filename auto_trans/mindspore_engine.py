@@ -34,10 +34,13 @@ def run_mindspore(conversion: Conversion, *, by_rank: bool) -> ConversionReport:
         by_rank: Use ``transform_checkpoint_by_rank``, which also serves where not all ranks are asked for.
 
     Raises:
-        ConfigError: Neither side has a strategy: there is nothing that MindSpore could convert.
+        ConfigError: Neither side has a strategy, or the files are safetensors, with which MindSpore's API is not right.
     """
     from auto_trans.conversion import ConversionReport
 
+    formats = {conversion.checkpoint.format.name, conversion.format.name}
+    if formats != {"ckpt"}:
+        raise ConfigError("the mindspore engine converts .ckpt to .ckpt only; use engine native for safetensors")
     begin = time.monotonic()
     conversion.dst.mkdir(parents=True, exist_ok=True)
     records, reused, written = {}, [], []

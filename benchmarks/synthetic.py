@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from auto_trans.checkpoint.ckpt import record_heads
+from auto_trans.checkpoint.ckpt import encode
+from auto_trans.plan import TensorPlan
 from auto_trans.strategy_pb import ParallelStrategyMap
 
 __all__ = ["llama_parameters", "write_checkpoint", "write_strategy"]
@@ -60,8 +61,9 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str 
     rng = np.random.default_rng(0)
     item = {"Float16": 2, "BFloat16": 2, "Float32": 4}[dtype]
     with open(path, "wb") as f:
-        for name, shape in shapes.items():
-            for head, length in record_heads(name, dtype, shape, item * int(np.prod(shape))):
+        tensors = (TensorPlan(n, dtype, s, s, item * int(np.prod(s)), ()) for n, s in shapes.items())
+        for _, records in encode(tensors):
+            for head, length in records:
                 f.write(head)
                 # small numbers in every type: no NaN that a detour over float32 could change
                 f.write((rng.integers(0, 256, length // 2, dtype=np.uint16) | 0x3C00).tobytes())

@@ -88,7 +88,7 @@ def test_missing_stage(case, snapshot):
 
 def test_empty_rank_folder(case, snapshot):
     case.file(5).unlink()
-    case.refused(snapshot, CheckpointNotFoundError, "rank_5 holds no .ckpt file")
+    case.refused(snapshot, CheckpointNotFoundError, "rank_5 holds no checkpoint file")
 
 
 def test_truncated_checkpoint(case, snapshot):

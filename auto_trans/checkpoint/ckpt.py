@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import xxhash
-
+from auto_trans.checkpoint.index import CheckpointIndex, Record, StoredTensor, T
 from auto_trans.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -29,71 +27,14 @@ from auto_trans.errors import (
 )
 from auto_trans.layout import Shape
 
-__all__ = ["CHUNK_BYTES", "CheckpointIndex", "StoredTensor", "content_digest", "encoded_size", "record_heads", "scan"]
+__all__ = ["CHUNK_BYTES", "encode", "scan"]
 
 CHUNK_BYTES = 512 * 1024 * 1024
 
-# Bytes per element of the tensor types that MindSpore writes; "str" and "Int4" (two to a byte) are moved as a whole.
-_ITEM_BYTES = {
-    "Bool": 1, "Int8": 1, "UInt8": 1, "Int16": 2, "UInt16": 2, "Float16": 2, "BFloat16": 2,
-    "Int32": 4, "UInt32": 4, "Float32": 4, "Int64": 8, "UInt64": 8, "Float64": 8, "Complex64": 8, "Complex128": 16,
-}  # fmt: skip
-_READ_BYTES = 4 * 1024 * 1024
 _CRC_MARK, _CRC_BYTES = b"crc_num", 17
 # First bytes of an encrypted block: AES-GCM, AES-CBC, SM4-CBC.
 _ENCRYPTED = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file.
-
-    Attributes:
-        dtype: MindSpore's name of the type as stored, e.g. ``Float32``.
-        dims: The dims as stored; MindSpore stores those of some scalars as ``(0,)``.
-        segments: Where the contents lie, as (offset, bytes) in the file; several for chunked tensors.
-    """
-
-    dtype: str
-    dims: Shape
-    segments: tuple[tuple[int, int], ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the contents."""
-        return sum(n for _, n in self.segments)
-
-    @property
-    def shape(self) -> Shape:
-        """The shape; that of an opaque tensor (strings, packed integers) is one indivisible element."""
-        if self.item_bytes is None or (self.dims == (0,) and self.nbytes):
-            return ()
-        return self.dims
-
-    @property
-    def item_bytes(self) -> int | None:
-        """Bytes of an element, or None where elements are no whole bytes."""
-        return _ITEM_BYTES.get(self.dtype)
-
-
-@dataclass(frozen=True)
-class CheckpointIndex:
-    """What a checkpoint file holds.
-
-    Attributes:
-        path: The file.
-        tensors: The tensors by name, in file order.
-        size: Bytes of the file when it was scanned.
-        mtime_ns: Its modification time when it was scanned.
-        crc: The crc32 stored in the file, or None.
-    """
-
-    path: Path
-    tensors: Mapping[str, StoredTensor]
-    size: int
-    mtime_ns: int
-    crc: int | None = None
 
 
 def scan(path: Path) -> CheckpointIndex:
@@ -252,39 +193,19 @@ def _scan_tensor(cursor: _Cursor, end: int) -> StoredTensor:
     return StoredTensor(dtype, tuple(dims), (segment,))
 
 
-def content_digest(index: CheckpointIndex, name: str) -> str:
-    """xxh3 digest of a tensor's contents."""
-    digest = xxhash.xxh3_128()
-    with open(index.path, "rb") as f:
-        for offset, nbytes in index.tensors[name].segments:
-            f.seek(offset)
-            while nbytes:
-                part = f.read(min(nbytes, _READ_BYTES))
-                if not part:
-                    raise CorruptCheckpointError(f"{index.path} became shorter while parameter {name} was read")
-                digest.update(part)
-                nbytes -= len(part)
-    return digest.hexdigest()
+def encode(tensors: Iterable[T]) -> Iterator[tuple[T, list[Record]]]:
+    """Lays out a file as ``mindspore.save_checkpoint`` writes it: the tensors in their order, large ones in chunks."""
+    return ((tensor, list(_records(tensor.name, tensor.dtype, tensor.dims, tensor.nbytes))) for tensor in tensors)
 
 
-def record_heads(name: str, dtype: str, dims: Shape, nbytes: int) -> Iterator[tuple[bytes, int]]:
-    """The records of a tensor as ``mindspore.save_checkpoint`` writes them.
-
-    Yields:
-        For every record the bytes before the contents, and how many bytes of contents follow them.
-    """
+def _records(name: str, dtype: str, dims: Shape, nbytes: int) -> Iterator[Record]:
     head = b"".join(b"\x08" + _varint(n) for n in dims) + _field(2, dtype.encode())
     tag = _field(1, name.encode())
     for start in range(0, max(nbytes, 1), CHUNK_BYTES):
         length = min(CHUNK_BYTES, nbytes - start)
         tensor = head + b"\x1a" + _varint(length)
         value = tag + b"\x12" + _varint(len(tensor) + length) + tensor
-        yield b"\x0a" + _varint(len(value) + length) + value, length
-
-
-def encoded_size(name: str, dtype: str, dims: Shape, nbytes: int) -> int:
-    """Bytes that a tensor takes in a ``.ckpt`` file."""
-    return sum(len(head) + length for head, length in record_heads(name, dtype, dims, nbytes))
+        yield Record(b"\x0a" + _varint(len(value) + length) + value, length)
 
 
 def _varint(value: int) -> bytes:

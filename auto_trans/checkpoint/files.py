@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
+from auto_trans.checkpoint.formats import FORMATS, Format, format_of
 from auto_trans.errors import CheckpointNotFoundError, UnsupportedCheckpointError
 from auto_trans.log import logger
 
@@ -18,6 +19,7 @@ _RANK_IN_NAME = re.compile(r"_rank_\d+")
 # {prefix}_rank_{rank}[_{task}]-{epoch}_{step}.ckpt, as MindFormers' CheckpointMonitor names its files
 _STEP = re.compile(r"(?:_rank_\d+_(?P<task>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)\.\w+$")
 
+_SUFFIXES = tuple(format.suffix for format in FORMATS.values())
 _Step = tuple[int, int, int]
 
 
@@ -37,32 +39,40 @@ class SourceCheckpoint:
     files: Mapping[int, Path]
     distributed: bool
 
+    @property
+    def format(self) -> Format:
+        """The format of the files."""
+        return format_of(next(iter(self.files.values())))
 
-def rank_file(folder: Path, prefix: str, rank: int) -> Path:
+
+def rank_file(folder: Path, prefix: str, rank: int, suffix: str = ".ckpt") -> Path:
     """Where the slice of ``rank`` lies in a target folder: ``rank_N/{prefix}N.ckpt``, as MindFormers expects it."""
-    return folder / f"rank_{rank}" / f"{prefix}{rank}.ckpt"
+    return folder / f"rank_{rank}" / f"{prefix}{rank}{suffix}"
 
 
-def find_checkpoints(path: Union[str, Path], resume_file: Optional[str] = None) -> list[SourceCheckpoint]:
+def find_checkpoints(
+    path: Union[str, Path], resume_file: Optional[str] = None, step: Optional[str] = None
+) -> list[SourceCheckpoint]:
     """Finds the checkpoints at a path.
 
     Args:
-        path: A ``.ckpt`` file, a folder of ``rank_N`` folders, or a folder of complete ``.ckpt`` files.
+        path: A ``.ckpt`` or ``.safetensors`` file, a folder of ``rank_N`` folders, or a folder of complete files.
         resume_file: Name of the file to take from the rank folders, e.g. where ``resume_training`` picked a step; its
             ``_rank_N`` part is that of any rank. By default the latest step that all ranks have.
+        step: The step to take from the rank folders, as ``{epoch}_{step}``.
 
     Returns:
         The checkpoints; several only for a folder of complete files.
 
     Raises:
         CheckpointNotFoundError: There is nothing to convert.
-        UnsupportedCheckpointError: The files are not ``.ckpt``, or of both formats.
+        UnsupportedCheckpointError: The files are of neither format, or of both.
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix != ".ckpt":
+        if path.suffix not in _SUFFIXES:
             raise UnsupportedCheckpointError(
-                f"checkpoint {path} does not end with .ckpt; give a .ckpt file or a folder"
+                f"checkpoint {path} does not end with {' or '.join(_SUFFIXES)}; give such a file, or a folder"
             )
         return [SourceCheckpoint(path.stem, path, {0: path}, distributed=False)]
     if not path.is_dir():
@@ -71,25 +81,32 @@ def find_checkpoints(path: Union[str, Path], resume_file: Optional[str] = None) 
     complete = _checkpoint_files(path)
     if folders:
         if complete:
-            logger.warning("%s holds rank folders and .ckpt files; the rank folders are used", path)
-        files = _choose({rank: folders[rank] for rank in sorted(folders)}, resume_file)
+            logger.warning("%s holds rank folders and complete files; the rank folders are used", path)
+        files = _choose({rank: folders[rank] for rank in sorted(folders)}, resume_file, step)
         return [SourceCheckpoint(path.resolve().name, path, files, distributed=True)]
     if not complete:
         raise CheckpointNotFoundError(
-            f"checkpoint folder {path} holds neither rank_N folders nor .ckpt files; set it to the folder above rank_0"
+            f"checkpoint folder {path} holds neither rank_N folders nor checkpoint files; set it to the folder above rank_0"
         )
     return [SourceCheckpoint(file.stem, file, {0: file}, distributed=False) for file in complete]
 
 
-def _choose(folders: Mapping[int, Path], resume_file: Optional[str]) -> dict[int, Path]:
+def _choose(folders: Mapping[int, Path], resume_file: Optional[str], step: Optional[str]) -> dict[int, Path]:
     """The file of every rank: the same step of all of them."""
     candidates = {rank: _checkpoint_files(folder) for rank, folder in folders.items()}
+    if step is not None:
+        candidates = {rank: _of_step(folders[rank], files, step) for rank, files in candidates.items()}
     for rank, files in candidates.items():
         if not files:
             raise CheckpointNotFoundError(
-                f"rank folder {folders[rank]} holds no .ckpt file; copy the weights of rank {rank} there, or remove the "
-                f"folder if another rank holds the same slices"
+                f"rank folder {folders[rank]} holds no checkpoint file; copy the weights of rank {rank} there, or remove "
+                f"the folder if another rank holds the same slices"
             )
+    formats = {file.suffix: file for files in candidates.values() for file in files}
+    if len(formats) > 1:
+        raise UnsupportedCheckpointError(
+            f"the rank folders hold files of both formats ({', '.join(map(str, formats.values()))}); keep one format"
+        )
     if resume_file is not None:
         chosen = {rank: folders[rank] / _RANK_IN_NAME.sub(f"_rank_{rank}", Path(resume_file).name) for rank in folders}
         for rank, file in chosen.items():
@@ -109,16 +126,16 @@ def _choose(folders: Mapping[int, Path], resume_file: Optional[str]) -> dict[int
                 f"no step is there for all ranks below {next(iter(folders.values())).parent}: "
                 + "; ".join(f"rank {rank} has {', '.join(f.name for f in files)}" for rank, files in candidates.items())
             )
-        step = max(s for s in common if s)
-        if step != newest:
+        latest = max(s for s in common if s)
+        if latest != newest:
             late = [rank for rank, steps in by_step.items() if newest not in steps]
             logger.warning(
                 "step %s is newer than %s but rank %s lacks it; the latest step that all ranks have is used",
-                _step_name(newest), _step_name(step), ", ".join(map(str, late)),
+                _step_name(newest), _step_name(latest), ", ".join(map(str, late)),
             )  # fmt: skip
-        chosen = {rank: steps[step] for rank, steps in by_step.items()}
+        chosen = {rank: steps[latest] for rank, steps in by_step.items()}
         if any(len(files) > 1 for files in candidates.values()):
-            logger.info("several steps are there; step %s, the latest, is used", _step_name(step))
+            logger.info("several steps are there; step %s, the latest, is used", _step_name(latest))
         return chosen
     chosen = {rank: files[-1] for rank, files in candidates.items()}
     for rank, files in candidates.items():
@@ -127,17 +144,23 @@ def _choose(folders: Mapping[int, Path], resume_file: Optional[str]) -> dict[int
     return chosen
 
 
+def _of_step(folder: Path, files: list[Path], step: str) -> list[Path]:
+    """The files of a rank that are of a step."""
+    chosen = [file for file in files if (found := _step(file)) and _step_name(found) == step]
+    if not chosen:
+        raise CheckpointNotFoundError(
+            f"{folder} holds no file of step {step}; there are {', '.join(f.name for f in files) or 'none'}"
+        )
+    return chosen
+
+
 def _checkpoint_files(folder: Path) -> list[Path]:
-    """The ``.ckpt`` files of a folder by name."""
-    files = sorted(f for f in folder.iterdir() if f.suffix in (".ckpt", ".safetensors") and f.is_file())
+    """The checkpoint files of a folder by name."""
+    files = sorted(f for f in folder.iterdir() if f.suffix in _SUFFIXES and f.is_file())
     formats = {f.suffix for f in files}
     if len(formats) > 1:
         raise UnsupportedCheckpointError(
             f"{folder} holds both .ckpt and .safetensors files ({files[0].name}, ...); keep one format there"
-        )
-    if formats == {".safetensors"}:
-        raise UnsupportedCheckpointError(
-            f"{folder} holds .safetensors files; set load_ckpt_format: safetensors, or convert them to .ckpt first"
         )
     return files
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
+from auto_trans.checkpoint.formats import FORMATS
 from auto_trans.checkpoint.publish import write_json
 
 __all__ = ["MANIFEST_NAME", "FileRecord", "Manifest"]
@@ -74,7 +75,7 @@ class Manifest:
         record = self.done(rank)
         ours = self._folder / record.file if record else None
         folder = self._folder / f"rank_{rank}"
-        files = sorted(folder.glob("*.ckpt")) if folder.is_dir() else []
+        files = [f for f in sorted(folder.iterdir()) if f.suffix[1:] in FORMATS] if folder.is_dir() else []
         return next((file for file in files if file != ours), None)
 
     def add(self, rank: int, file: Path, digest: str) -> FileRecord:

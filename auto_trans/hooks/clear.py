@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
-from auto_trans.checkpoint.ckpt import scan
 from auto_trans.checkpoint.clean import check_cleanable, clean_folders
+from auto_trans.checkpoint.formats import scan
 from auto_trans.config import AutoTransConfig
 from auto_trans.conversion import as_strategy, find_source
 from auto_trans.hooks.job import Job

@@ -208,7 +208,7 @@ class _Together:
         for checkpoint in checkpoints:
             conversion = Conversion(
                 checkpoint, self._job.transformed_dir / checkpoint.name, source, target, prefix=self._prefix,
-                ranks=self._own.slices, memory_limit=self._settings.memory_limit,
+                ranks=self._own.slices, memory_limit=self._settings.memory_limit, format="ckpt",
             )  # fmt: skip
             # MindSpore's API does not tell how far it is
             silent = self._settings.engine == "mindspore"
@@ -300,7 +300,7 @@ class _Together:
 
 def _matches(checkpoint: SourceCheckpoint, source: Strategy, target: Strategy) -> bool:
     """Whether every rank can load a source file as it is."""
-    if not same_slices(source, target):
+    if checkpoint.format.name != "ckpt" or not same_slices(source, target):
         return False
     return source.is_complete or all(rank in checkpoint.files for rank in range(target.world_size))
 

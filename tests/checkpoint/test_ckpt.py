@@ -10,8 +10,11 @@ from mindspore.train import serialization
 
 import auto_trans.checkpoint.ckpt as ckpt
 from auto_trans import convert
-from auto_trans.checkpoint.ckpt import content_digest, encoded_size, record_heads, scan
+from auto_trans.checkpoint.ckpt import encode, scan
+from auto_trans.checkpoint.formats import FORMATS, encoded_size
+from auto_trans.checkpoint.index import content_digest
 from auto_trans.errors import CorruptCheckpointError, EncryptedCheckpointError, UnsupportedCheckpointError
+from auto_trans.plan import TensorPlan
 
 RNG = np.random.default_rng(3)
 DTYPES = [
@@ -112,10 +115,11 @@ def test_crc_trailer_is_accepted(saved, tmp_path):
     st.lists(st.integers(1, 2**40), max_size=5),
     st.integers(0, 2**32),
 )
-def test_record_heads_parse_as_protobuf(name, dims, nbytes):
-    heads = list(record_heads(name, "Float32", tuple(dims), nbytes))
+def test_records_parse_as_protobuf(name, dims, nbytes):
+    tensor = TensorPlan(name, "Float32", tuple(dims), tuple(dims), nbytes, ())
+    ((_, heads),) = encode([tensor])
     assert sum(length for _, length in heads) == nbytes
-    assert encoded_size(name, "Float32", tuple(dims), nbytes) == nbytes + sum(len(head) for head, _ in heads)
+    assert encoded_size(FORMATS["ckpt"], [tensor]) == nbytes + sum(len(head) for head, _ in heads)
     head, length = heads[-1]
     if length < 10_000:
         value = serialization.Checkpoint.FromString(head + b"x" * length).value[0]

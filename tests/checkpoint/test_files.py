@@ -76,10 +76,10 @@ def test_ranks_are_ordered_by_number(make):
 @pytest.mark.parametrize(
     "names, error, message",
     [
-        ((), CheckpointNotFoundError, "neither rank_N folders nor .ckpt files"),
-        (("rank_0/x.ckpt", "rank_1/readme.txt"), CheckpointNotFoundError, r"rank_1 holds no .ckpt file"),
+        ((), CheckpointNotFoundError, "neither rank_N folders nor checkpoint files"),
+        (("rank_0/x.ckpt", "rank_1/readme.txt"), CheckpointNotFoundError, "rank_1 holds no checkpoint file"),
         (("rank_0/x.ckpt", "rank_0/x.safetensors"), UnsupportedCheckpointError, "both .ckpt and .safetensors"),
-        (("rank_0/x.safetensors",), UnsupportedCheckpointError, "load_ckpt_format: safetensors"),
+        (("rank_0/x.ckpt", "rank_1/x.safetensors"), UnsupportedCheckpointError, "files of both formats"),
     ],
 )
 def test_what_cannot_be_used_is_named(make, names, error, message):
@@ -91,5 +91,12 @@ def test_missing_path_and_foreign_file_are_named(make):
     path = make("weights.bin")
     with pytest.raises(CheckpointNotFoundError, match="nowhere is not found"):
         find_checkpoints(path / "nowhere")
-    with pytest.raises(UnsupportedCheckpointError, match=r"weights\.bin does not end with \.ckpt"):
+    with pytest.raises(UnsupportedCheckpointError, match=r"weights\.bin does not end with \.ckpt or \.safetensors"):
         find_checkpoints(path / "weights.bin")
+
+
+def test_step_can_be_chosen(make):
+    path = make(*(f"rank_{r}/net_rank_{r}-{step}.safetensors" for r in (0, 1) for step in ("1_9", "1_10")))
+    assert chosen(path, step="1_9") == {0: "net_rank_0-1_9.safetensors", 1: "net_rank_1-1_9.safetensors"}
+    with pytest.raises(CheckpointNotFoundError, match=r"rank_0 holds no file of step 9_9; there are net_rank_0-1_10"):
+        find_checkpoints(path, step="9_9")

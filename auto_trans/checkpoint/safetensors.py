@@ -1,0 +1,116 @@
+"""``.safetensors`` files at rest: find the tensors without reading them, lay out files to be written as a stream.
+
+The format is eight bytes with the length of a JSON header, the header, and the contents one after the other
+(https://github.com/huggingface/safetensors). The ``safetensors`` library is not used for writing: it wants every tensor in
+memory, and its version 0.8.0 writes wrong values for arrays that are not contiguous.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from auto_trans.checkpoint.index import ITEM_BYTES, CheckpointIndex, Record, StoredTensor, T
+from auto_trans.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
+
+__all__ = ["encode", "scan"]
+
+_TYPES = {
+    "BOOL": "Bool", "I8": "Int8", "U8": "UInt8", "I16": "Int16", "U16": "UInt16", "F16": "Float16", "BF16": "BFloat16",
+    "I32": "Int32", "U32": "UInt32", "F32": "Float32", "I64": "Int64", "U64": "UInt64", "F64": "Float64", "C64": "Complex64",
+}  # fmt: skip
+_NAMES = {mindspore: safetensors for safetensors, mindspore in _TYPES.items()}
+_LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000  # the library's own limit
+
+
+def scan(path: Path) -> CheckpointIndex:
+    """Finds the tensors of a ``.safetensors`` file without reading their contents.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        CorruptCheckpointError: It is truncated, damaged or of another format.
+        UnsupportedCheckpointError: It holds a type that MindSpore's checkpoints do not have.
+    """
+    try:
+        with open(path, "rb") as f:
+            stat = os.fstat(f.fileno())
+            length = int.from_bytes(f.read(_LENGTH_BYTES), "little")
+            if length > min(stat.st_size - _LENGTH_BYTES, _LONGEST_HEADER):
+                raise _corrupt(path, f"its header would be {length} bytes long")
+            raw = f.read(length)
+    except OSError as e:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {e}") from e
+    try:
+        header = json.loads(raw)
+        metadata = header.pop("__metadata__", None) or {}
+        tensors = {name: _tensor(path, name, entry, metadata, _LENGTH_BYTES + length) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        if isinstance(e, CheckpointError):
+            raise
+        raise _corrupt(path, f"its header cannot be read ({type(e).__name__}: {e})") from e
+    end = _LENGTH_BYTES + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].segments):
+        if tensor.segments[0][0] != end:
+            raise _corrupt(path, f"parameter {name} does not begin where the one before it ends")
+        end += tensor.nbytes
+    if end != stat.st_size:
+        raise _corrupt(path, f"it should have {end} bytes and has {stat.st_size}")
+    if not tensors:
+        raise _corrupt(path, "it holds no parameters")
+    crc = metadata.get("crc_num")
+    return CheckpointIndex(path, tensors, stat.st_size, stat.st_mtime_ns, int(crc) if crc else None)
+
+
+def encode(tensors: Iterable[T]) -> Iterator[tuple[T, list[Record]]]:
+    """Lays out a file that the ``safetensors`` library and ``mindspore.load_checkpoint`` read.
+
+    As the library does it, tensors are ordered by the size of their elements, so that each begins at a multiple of it.
+
+    Raises:
+        UnsupportedCheckpointError: A tensor has a type that the format does not know.
+    """
+    tensors = list(tensors)
+    for tensor in tensors:
+        if tensor.dtype not in _NAMES:
+            raise UnsupportedCheckpointError(
+                f"parameter {tensor.name} is of type {tensor.dtype}, which safetensors files cannot hold; write .ckpt files"
+            )
+    tensors.sort(key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "ms"}}
+    offset = 0
+    for tensor in tensors:
+        # MindSpore stores some scalars of .ckpt files with dims (0,)
+        shape = [] if tensor.dims == (0,) and tensor.nbytes else list(tensor.dims)
+        end = offset + tensor.nbytes
+        header[tensor.name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % _LENGTH_BYTES)
+    head = len(raw).to_bytes(_LENGTH_BYTES, "little") + raw
+    for tensor in tensors:
+        yield tensor, [Record(head, tensor.nbytes)]
+        head = b""
+
+
+def _tensor(path: Path, name: str, entry: Any, metadata: Any, begin: int) -> StoredTensor:
+    if entry["dtype"] not in _TYPES or name in metadata:
+        raise UnsupportedCheckpointError(
+            f"{path}: parameter {name} is of type {metadata.get(name, entry['dtype'])}, which cannot be converted"
+        )
+    dtype, dims = _TYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
+    first, last = entry["data_offsets"]
+    if last - first != math.prod(dims) * ITEM_BYTES[dtype]:
+        raise _corrupt(path, f"parameter {name} of shape {list(dims)} {dtype} has {last - first} bytes")
+    return StoredTensor(dtype, dims, ((begin + first, last - first),))
+
+
+def _corrupt(path: Path, what: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{path} is not a complete safetensors file: {what}; it is truncated, damaged or of another format; copy or save it "
+        f"again"
+    )

@@ -1,0 +1,131 @@
+"""Several worker processes on one machine convert the target ranks of one conversion."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from typing import Any
+
+from auto_trans.conversion import Conversion, ConversionReport
+from auto_trans.errors import ConfigError, RankLostError
+from auto_trans.progress import Meter
+
+__all__ = ["run_with_workers"]
+
+_progress: Any = None  # in a worker: where the bytes done are put
+
+
+def run_with_workers(conversion: Conversion, processes: int, *, quiet: bool = False) -> ConversionReport:
+    """Runs a planned conversion with worker processes of this machine.
+
+    Ranks with equal contents stay with one worker, so that they are still written once.
+
+    Args:
+        conversion: What to do; checked here before any work.
+        processes: How many workers; no more than there are distinct files are started.
+        quiet: Show no progress.
+
+    Returns:
+        The report of the whole.
+
+    Raises:
+        ConfigError: The number of processes is less than 1.
+        RankLostError: A worker died; what is complete is used again when the conversion is started again.
+    """
+    if processes < 1:
+        raise ConfigError(f"processes must be at least 1, not {processes}")
+    shares = _shares(conversion, processes)
+    conversion.check(neighbours=max(len(shares), 1))
+    conversion.log_plan()
+    if len(shares) < 2:
+        return conversion.run(quiet=quiet)
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    total = sum(file.nbytes for file in conversion.todo())
+    meter = Meter(total, f"converting {conversion.checkpoint.name}", quiet=quiet)
+    reports = []
+    with ProcessPoolExecutor(len(shares), mp_context=context, initializer=_start, initargs=(queue,)) as pool:
+        futures: dict[Future, Sequence[int]] = {pool.submit(_convert, _task(conversion, s)): s for s in shares}
+        try:
+            while any(not future.done() for future in futures):
+                _drain(queue, meter)
+                _wait_a_moment(futures)
+            _drain(queue, meter)
+            reports = [future.result() for future in as_completed(futures)]
+        except BrokenProcessPool as e:
+            raise RankLostError(
+                "a worker process died, most likely killed for lack of memory or by a user; start the conversion again: what "
+                "is already complete is used again"
+            ) from e
+        finally:
+            meter.close()
+            pool.shutdown(cancel_futures=True)
+    conversion.manifest.finish()
+    return _merge(reports)
+
+
+def _shares(conversion: Conversion, processes: int) -> list[list[int]]:
+    """The target ranks by worker: whole groups of replicas, about the same number of bytes each."""
+    shares: list[tuple[int, list[int]]] = [(0, []) for _ in range(processes)]
+    for file in sorted(conversion.plan.files, key=lambda f: -f.nbytes):
+        lightest = min(range(processes), key=lambda i: shares[i][0])
+        nbytes, ranks = shares[lightest]
+        shares[lightest] = (nbytes + file.nbytes, ranks + list(file.ranks))
+    return [sorted(ranks) for _, ranks in shares if ranks]
+
+
+def _task(conversion: Conversion, ranks: Sequence[int]) -> dict[str, Any]:
+    return {
+        "checkpoint": conversion.checkpoint,
+        "dst": conversion.dst,
+        "source": conversion.source,
+        "target": conversion.target,
+        "prefix": conversion.prefix,
+        "ranks": ranks,
+        "memory_limit": conversion.memory_limit,
+        "format": conversion.format.name,
+        "reuse": conversion.reuse,
+    }
+
+
+def _start(queue: Any) -> None:
+    global _progress
+    _progress = queue
+
+
+def _convert(task: dict[str, Any]) -> ConversionReport:
+    last = 0
+
+    def listener(done: int, total: int) -> None:
+        nonlocal last
+        _progress.put(done - last)
+        last = done
+
+    return Conversion(**task).run(quiet=True, listener=listener)
+
+
+def _drain(queue: Any, meter: Meter) -> None:
+    while not queue.empty():
+        meter(queue.get())
+
+
+def _wait_a_moment(futures: Mapping[Future, Any]) -> None:
+    done, _ = wait(futures, timeout=0.1, return_when=FIRST_EXCEPTION)
+    for future in done:
+        future.result()
+
+
+def _merge(reports: Sequence[ConversionReport]) -> ConversionReport:
+    first = reports[0]
+    return replace(
+        first,
+        files=tuple(sorted((f for r in reports for f in r.files), key=lambda f: f.rank)),
+        converted=tuple(sorted(rank for r in reports for rank in r.converted)),
+        linked=tuple(sorted(rank for r in reports for rank in r.linked)),
+        reused=tuple(sorted(rank for r in reports for rank in r.reused)),
+        bytes_written=sum(r.bytes_written for r in reports),
+        seconds=max(r.seconds for r in reports),
+    )
