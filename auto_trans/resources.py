@@ -11,7 +11,7 @@ import psutil
 
 from auto_trans.errors import ConfigError, ConfigTypeError, InsufficientDiskError, InsufficientMemoryError
 
-__all__ = ["available_memory", "check_disk", "check_memory", "format_bytes", "parse_bytes"]
+__all__ = ["available_memory", "check_disk", "check_memory", "format_bytes", "free_disk", "parse_bytes"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _CGROUP = Path("/sys/fs/cgroup")
@@ -60,12 +60,17 @@ def check_memory(needed: int, processes: int = 1) -> None:
         )
 
 
-def check_disk(folder: Path, needed: int) -> None:
-    """Raises InsufficientDiskError unless ``needed`` bytes fit on the file system of a folder, existing or not."""
+def free_disk(folder: Path) -> int:
+    """Bytes that are free on the file system of a folder, existing or not."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    return shutil.disk_usage(existing).free
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Raises InsufficientDiskError unless ``needed`` bytes fit on the file system of a folder, existing or not."""
+    free = free_disk(folder)
     if needed > free:
         raise InsufficientDiskError(
             f"the converted weights need {format_bytes(needed)} in {folder}, but only {format_bytes(free)} is free there; "

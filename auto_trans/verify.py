@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
 import xxhash
 
-from auto_trans.checkpoint.files import find_checkpoints
+from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints
 from auto_trans.checkpoint.formats import scan
 from auto_trans.checkpoint.index import CheckpointIndex, StoredTensor
 from auto_trans.checkpoint.manifest import MANIFEST_NAME
@@ -60,7 +61,7 @@ def verify_digests(folder: Path) -> list[Difference]:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise CheckpointNotFoundError(
-            f"{folder} has no readable {MANIFEST_NAME} ({e}): the conversion was not finished, or was not made by auto_trans; "
+            f"{folder} has no readable {MANIFEST_NAME} ({e}): the conversion was not finished, or not made by auto_trans; "
             f"compare it with its source instead (--against)"
         ) from e
     differences = []
@@ -74,25 +75,32 @@ def verify_digests(folder: Path) -> list[Difference]:
 
 
 def verify_against(
-    folder: Path, source_path: Path, source: Strategy, target: Strategy, limit: int = 20
+    folder: Path,
+    original: SourceCheckpoint,
+    source: Strategy,
+    target: Strategy,
+    *,
+    ranks: Optional[Sequence[int]] = None,
+    limit: int = 20,
 ) -> tuple[list[Difference], int]:
     """Compares every byte of converted weights with their source.
 
     Args:
         folder: The converted weights: ``rank_N`` folders.
-        source_path: Complete file or folder of ``rank_N`` folders.
+        original: The source.
         source: Strategy of the source.
         target: Strategy of the converted weights.
+        ranks: The target ranks to compare; all by default.
         limit: After how many differences to stop.
 
     Returns:
         The differences, and the number of bytes compared.
     """
-    (made,), (original,) = find_checkpoints(folder), find_checkpoints(source_path)
+    (made,) = find_checkpoints(folder)
     sources = {rank: _Reader(scan(file)) for rank, file in original.files.items()}
     differences: list[Difference] = []
     compared = 0
-    for rank in range(target.world_size):
+    for rank in range(target.world_size) if ranks is None else ranks:
         if rank not in made.files:
             differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is missing"))
             continue
@@ -186,7 +194,7 @@ def _row_positions(shape: Shape, box: Box) -> Any:
 
 
 def _read_flat(f: BinaryIO, segments: tuple[tuple[int, int], ...], position: int, out: np.ndarray) -> None:
-    view = memoryview(out)
+    view = memoryview(out)  # type: ignore[arg-type]
     for offset, nbytes in segments:
         if position < nbytes and view.nbytes:
             now = min(nbytes - position, view.nbytes)

@@ -57,8 +57,8 @@ def run_with_workers(conversion: Conversion, processes: int, *, quiet: bool = Fa
             reports = [future.result() for future in as_completed(futures)]
         except BrokenProcessPool as e:
             raise RankLostError(
-                "a worker process died, most likely killed for lack of memory or by a user; start the conversion again: what "
-                "is already complete is used again"
+                "a worker process died, most likely killed for lack of memory or by a user; start the conversion again: "
+                "what is already complete is used again"
             ) from e
         finally:
             meter.close()

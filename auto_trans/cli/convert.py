@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, Optional
 
-__all__ = ["add_parser"]
+from auto_trans.cli.tables import print_json, print_table, ranks_text
+
+__all__ = ["add_parser", "parse_ranks"]
 
 _EXAMPLES = """\
 examples:
   cut a complete checkpoint into the slices of a job:
     auto-trans convert llama3_8b.ckpt out --dst-strategy output/strategy
-  from one parallel strategy to another:
-    auto-trans convert old/checkpoint out --src-strategy old/strategy --dst-strategy output/strategy
+  from one parallel strategy to another, with four processes:
+    auto-trans convert old/checkpoint out --src-strategy old/strategy --dst-strategy output/strategy --processes 4
   back to one complete file, out/rank_0/checkpoint_0.ckpt:
     auto-trans convert old/checkpoint out --src-strategy old/strategy
+  only what this node needs, where nodes share no disk:
+    auto-trans convert llama3_8b.ckpt out --dst-strategy output/strategy --ranks 0-7
+  what would be done, and could it succeed:
+    auto-trans convert old/checkpoint out --src-strategy old/strategy --dry-run
 """
 
 
@@ -23,34 +31,147 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "convert",
         help="convert a checkpoint to another parallel strategy",
-        description="Converts a checkpoint to another parallel strategy and writes DST/rank_N/checkpoint_N.ckpt.",
+        description="Converts a checkpoint to another parallel strategy and writes DST/rank_N/checkpoint_N.ckpt. Started "
+        "again with the same inputs it keeps what is complete; files of anything else are not overwritten.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", metavar="SRC", help="a complete .ckpt file, or a folder of rank_N folders")
-    parser.add_argument("dst", metavar="DST", help="the target folder; what it holds already is not overwritten")
-    parser.add_argument(
-        "--src-strategy", metavar="P", help="strategy file, merged file or folder of SRC (none: SRC is complete)"
+    add = parser.add_argument
+    add("src", metavar="SRC", help="a complete file, a folder of rank_N folders, or a folder of complete files")
+    add("dst", metavar="DST", help="the target folder; of several complete files each gets a folder of its name there")
+    add("--src-strategy", metavar="P", help="strategy file, merged file or folder of SRC (none: SRC is complete)")
+    add("--dst-strategy", metavar="P", help="strategy file, merged file or folder of DST (none: one complete file)")
+    add("--prefix", default="checkpoint_", help="beginning of the file names (default: %(default)s)")
+    add("--processes", type=int, default=1, metavar="N", help="worker processes on this machine (default: 1)")
+    add("--ranks", metavar="LIST", help="only these target ranks, e.g. 0-7,12 (default: all)")
+    add(
+        "--step",
+        metavar="E_S",
+        help="the step to take, as in ...-{epoch}_{step}.ckpt (default: the latest of all ranks)",
     )
-    parser.add_argument(
-        "--dst-strategy",
-        metavar="P",
-        help="strategy file, merged file or folder of the target (none: one complete file)",
-    )
-    parser.add_argument("--prefix", default="checkpoint_", help="beginning of the file names (default: %(default)s)")
+    add("--format", choices=["ckpt", "safetensors"], help="format of the files written (default: that of SRC)")
+    add("--memory", metavar="SIZE", help="memory of a process, e.g. 512MiB (default: 64MiB)")
+    add("--engine", default="native", choices=["native", "mindspore"], help="who converts (default: %(default)s)")
+    add("--no-reuse", action="store_true", help="convert again what is complete already")
+    add("--dry-run", action="store_true", help="show the plan and whether it could succeed; convert nothing")
+    add("--verify", action="store_true", help="compare every byte with the source afterwards")
+    add("--quiet", action="store_true", help="show no progress")
+    add("--json", action="store_true", help="print the plan or the report as JSON")
     parser.set_defaults(run=_run)
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from auto_trans.conversion import convert
+def parse_ranks(text: Optional[str]) -> Optional[list[int]]:
+    """Parses a list of ranks such as ``0-7,12``.
 
-    report = convert(
-        arguments.src,
-        arguments.dst,
-        arguments.src_strategy,
-        arguments.dst_strategy,
-        prefix=arguments.prefix,
-        quiet=False,
-    )
-    print(report)
-    return 0
+    Raises:
+        ConfigError: It is no such list.
+    """
+    from auto_trans.errors import ConfigError
+
+    if text is None:
+        return None
+    ranks: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if not match or (match[2] and int(match[2]) < int(match[1])):
+            raise ConfigError(f"--ranks must be a list such as 0-7,12, not {text!r}")
+        ranks += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return ranks
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from auto_trans.conversion import Conversion, as_strategy, find_source, run_conversion
+    from auto_trans.workers import run_with_workers
+
+    source, target = as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy)
+    found = find_source(arguments.src, source, step=arguments.step)
+    failed = False
+    for checkpoint in found:
+        conversion = Conversion(
+            checkpoint, Path(arguments.dst) / (checkpoint.name if len(found) > 1 else ""), source, target,
+            prefix=arguments.prefix, ranks=parse_ranks(arguments.ranks), memory_limit=_memory(arguments.memory),
+            format=arguments.format, reuse=not arguments.no_reuse,
+        )  # fmt: skip
+        if arguments.dry_run:
+            failed |= not _show_plan(conversion, arguments.json)
+            continue
+        if arguments.engine == "native":
+            report = run_with_workers(conversion, arguments.processes, quiet=arguments.quiet)
+        else:
+            report = run_conversion(conversion, arguments.engine, quiet=arguments.quiet)
+        if arguments.json:
+            print_json({**_facts(report), "bytes_written": report.bytes_written, "seconds": report.seconds})
+        else:
+            print(report)
+        if arguments.verify:
+            failed |= not _verify(conversion, source, target)
+    return 1 if failed else 0
+
+
+def _memory(text: Optional[str]) -> int:
+    from auto_trans.config import parse_memory
+
+    return parse_memory(text)
+
+
+def _facts(report: Any) -> dict[str, Any]:
+    return {
+        "source": str(report.source),
+        "target": str(report.target),
+        "files": [vars(record) for record in report.files],
+        "converted": report.converted,
+        "linked": report.linked,
+        "reused": report.reused,
+        "carried": report.carried,
+        "absent": report.absent,
+        "dropped": report.dropped,
+    }
+
+
+def _verify(conversion: Any, source: Any, target: Any) -> bool:
+    from auto_trans.resources import format_bytes
+    from auto_trans.verify import verify_against
+
+    wrong, compared = verify_against(
+        conversion.dst, conversion.checkpoint, source, target, ranks=conversion.ranks
+    )  # fmt: skip
+    for difference in wrong:
+        print(difference)
+    if not wrong:
+        print(f"verified: {format_bytes(compared)} equal to the source")
+    return not wrong
+
+
+def _show_plan(conversion: Any, as_json: bool) -> bool:
+    from auto_trans.describe import describe_plan
+    from auto_trans.resources import format_bytes
+
+    plan = describe_plan(conversion)
+    if as_json:
+        print_json(plan)
+        return not plan["problem"]
+    rows = [
+        (
+            ranks_text(file["ranks"]),
+            ranks_text(file["source_ranks"]),
+            format_bytes(file["bytes"]),
+            "already there" if file["reused"] else file["file"],
+        )
+        for file in plan["files"]
+    ]
+    print_table(("target ranks", "read source ranks", "size", "file (other ranks: links)"), rows, right=(2,))
+    print(f"\nto read    {format_bytes(plan['bytes_read'])}")
+    print(f"to write   {format_bytes(plan['bytes_written'])}, {format_bytes(plan['disk_free'])} free there")
+    print(f"memory     {format_bytes(plan['memory'])} at most, {format_bytes(plan['memory_available'])} available")
+    if plan["seconds"] is not None:
+        print(f"time       about {max(plan['seconds'], 0.1):.1f} s, by a short measured copy")
+    for key, text in (
+        ("carried", "carried over as they are"),
+        ("absent", "not in the source"),
+        ("dropped", "left out"),
+    ):
+        if plan[key]:
+            print(f"{text}: {', '.join(plan[key][:5])}{' ...' if len(plan[key]) > 5 else ''}")
+    if plan["problem"]:
+        print(f"\nit could not succeed: {plan['problem']}")
+    return not plan["problem"]

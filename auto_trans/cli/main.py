@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from auto_trans import __version__
-from auto_trans.cli import convert
-from auto_trans.errors import AutoTransError
+from auto_trans.cli import convert, doctor, inspect, merge_strategy, verify
 
 __all__ = ["main"]
 
@@ -29,9 +28,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"auto-trans {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    convert.add_parser(parser.add_subparsers(dest="command", metavar="COMMAND", required=True))
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for command in (convert, inspect, verify, merge_strategy, doctor):
+        command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    quiet = getattr(arguments, "quiet", False) or getattr(arguments, "json", False)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING if quiet else logging.INFO)
+    from auto_trans.errors import AutoTransError
+
     try:
         return int(arguments.run(arguments))
     except AutoTransError as e:

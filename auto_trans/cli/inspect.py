@@ -1,0 +1,127 @@
+"""``auto-trans inspect``: shows what strategies and checkpoints hold."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Optional
+
+from auto_trans.cli.tables import print_json, print_table, ranks_text
+
+__all__ = ["add_parser"]
+
+_EXAMPLES = """\
+examples:
+  how is every parameter sliced:
+    auto-trans inspect output/strategy
+  with shapes, and bytes per rank:
+    auto-trans inspect output/strategy --weights output/checkpoint
+  what is in a checkpoint:
+    auto-trans inspect output/checkpoint --param '*wq*'
+  what differs between two jobs, and a page that shows it:
+    auto-trans inspect old/strategy --diff new/strategy --weights old/checkpoint --html page.html
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "inspect",
+        help="show what a strategy or a checkpoint holds",
+        description="Shows how a strategy slices the parameters of a job, or what the files of a checkpoint hold.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("path", metavar="PATH", type=Path, help="a strategy file or folder, or a checkpoint file or folder")
+    add("--weights", metavar="P", type=Path, help="a checkpoint saved under the strategy, which tells the shapes")
+    add("--diff", metavar="B", help="another strategy: show what differs")
+    add("--param", metavar="GLOB", default="*", help="only parameters whose name matches")
+    add("--crc", action="store_true", help="compute the crc of files that carry one (reads them whole)")
+    add("--html", metavar="FILE", type=Path, help="write a page that shows the slices of every parameter")
+    add("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from auto_trans.describe import describe_checkpoint, read_path
+    from auto_trans.strategy import Strategy, read_strategy
+
+    found = read_path(arguments.path)
+    if isinstance(found, Strategy):
+        other = read_strategy(arguments.diff) if arguments.diff else None
+        _show_strategy(arguments, found, other)
+        return 0
+    facts = [describe_checkpoint(checkpoint, arguments.param, check_crc=arguments.crc) for checkpoint in found]
+    if arguments.json:
+        print_json(facts)
+    else:
+        for checkpoint in facts:
+            _show_checkpoint(checkpoint)
+    return 1 if any(file["crc"] == "wrong" for checkpoint in facts for file in checkpoint["files"]) else 0
+
+
+def _show_strategy(arguments: argparse.Namespace, strategy: Any, other: Optional[Any]) -> None:
+    from auto_trans.checkpoint.files import find_checkpoints
+    from auto_trans.describe import describe_strategy, differences
+    from auto_trans.page import write_page
+
+    weights = find_checkpoints(arguments.weights)[0] if arguments.weights else None
+    facts = describe_strategy(strategy, weights, arguments.param)
+    if arguments.html:
+        write_page(arguments.html, strategy, other, weights, arguments.param)
+        print(f"written: {arguments.html}")
+    elif other is not None:
+        found = differences(strategy, other, arguments.param)
+        if arguments.json:
+            print_json(found)
+        elif found:
+            print_table(("parameter", "before", "after"), [(d["name"], d["before"], d["after"]) for d in found])
+        else:
+            print("no parameter is sliced differently")
+    elif arguments.json:
+        print_json(facts)
+    else:
+        _print_strategy(facts)
+
+
+def _print_strategy(facts: dict[str, Any]) -> None:
+    from auto_trans.resources import format_bytes
+
+    stages = facts["stages"]
+    print(f"{facts['strategy']}: {facts['world_size']} ranks in {stages} stage{'s' * (stages > 1)}\n")
+    rows = [
+        (
+            p["name"],
+            ", ".join(map(str, p["stages"])),
+            " x ".join(map(str, p["shape"])) if "shape" in p else "-",
+            " x ".join(map(str, p["full_shape"])) if "shape" in p else "-",
+            p["sliced"],
+        )
+        for p in facts["parameters"]
+    ]
+    print_table(("parameter", "stage", "shape per rank", "full shape", "sliced"), rows)
+    if "bytes_per_rank" in facts:
+        print()
+        sizes = [(rank, format_bytes(nbytes)) for rank, nbytes in enumerate(facts["bytes_per_rank"])]
+        print_table(("rank", "size"), sizes, right=(0, 1))
+
+
+def _show_checkpoint(facts: dict[str, Any]) -> None:
+    from auto_trans.resources import format_bytes
+
+    print(f"{facts['checkpoint']} ({facts['format']})\n")
+    rows = [
+        (
+            p["name"],
+            p["dtype"],
+            " x ".join(map(str, p["shape"])) or "()",
+            format_bytes(p["bytes"]),
+            ranks_text(p["ranks"]),
+        )
+        for p in facts["parameters"]
+    ]
+    print_table(("parameter", "type", "shape", "size", "ranks"), rows, right=(3,))
+    print()
+    files = [(f["rank"], format_bytes(f["bytes"]), f["parameters"], f["crc"], f["file"]) for f in facts["files"]]
+    print_table(("rank", "size", "parameters", "crc", "file"), files, right=(0, 1, 2))

@@ -1,0 +1,222 @@
+"""Everything that can be checked before an expensive job starts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Optional
+
+import filelock
+import yaml
+
+from auto_trans.checkpoint.clean import check_cleanable
+from auto_trans.checkpoint.formats import scan
+from auto_trans.config import AutoTransConfig
+from auto_trans.conversion import ScannedSource, as_strategy, find_source
+from auto_trans.coordination.election import Assignment, elect
+from auto_trans.coordination.files import read_json, write_json
+from auto_trans.errors import AutoTransError
+from auto_trans.hooks.patches import KNOWN_VERSIONS
+from auto_trans.plan import plan_conversion
+from auto_trans.resources import available_memory, format_bytes, free_disk
+from auto_trans.strategy import Strategy
+
+__all__ = ["Check", "examine", "probe_file_system"]
+
+_VISIBLE_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that was looked at.
+
+    Attributes:
+        status: ``ok``, ``warning`` or ``error``.
+        what: What was found.
+        remedy: What to do about it.
+    """
+
+    status: str
+    what: str
+    remedy: str = ""
+
+
+def examine(
+    config: Optional[Path] = None, world_size: Optional[int] = None
+) -> tuple[list[Check], tuple[Assignment, ...]]:
+    """Looks at this environment, and at the settings of a job.
+
+    Args:
+        config: The YAML of the job.
+        world_size: Its number of ranks; by its ``parallel_config`` if not given.
+
+    Returns:
+        What was found, and which ranks would convert what.
+    """
+    checks = list(_environment())
+    if config is None:
+        return checks, ()
+    try:
+        settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+        if not isinstance(settings, Mapping):
+            raise ValueError("it holds no settings")
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        return [*checks, Check("error", f"{config} cannot be read: {e}", "give the YAML of a MindFormers job")], ()
+    ranks = world_size or _world_size(settings)
+    checks += _job(settings, ranks)
+    try:
+        assignments = elect(ranks, settings.get("transform_process_num"))  # type: ignore[arg-type]
+        checks.append(Check("ok", f"{len(assignments)} of {ranks} ranks will convert"))
+    except AutoTransError as e:
+        assignments = ()
+        checks.append(Check("error", str(e), "set transform_process_num"))
+    return checks, assignments
+
+
+def probe_file_system(folder: Path) -> list[Check]:
+    """Tries on a folder what the ranks of a job rely on: locks, atomic renames, and files that others see at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_path, word = folder / ".auto_trans_probe.lock", folder / ".auto_trans_probe.json"
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    checks = []
+    child = context.Process(target=_probe_child, args=(there, str(lock_path), str(word)), daemon=True)
+    try:
+        with filelock.FileLock(str(lock_path), timeout=5):
+            child.start()
+            if here.recv():
+                checks.append(
+                    Check("error", f"locks in {folder} do not exclude", "set output_dir to a file system with locks")
+                )
+            else:
+                checks.append(Check("ok", f"locks in {folder} exclude other processes"))
+        here.send("look")
+        time.sleep(0.2)
+        write_json(word, {"text": "x" * 100_000, "written": time.monotonic()})
+        seconds = here.recv()
+        if seconds is None:
+            remedy = "set output_dir to a file system that shows files promptly, or mount it with lookupcache=none"
+            checks.append(Check("error", f"a file in {folder} is not seen within {_VISIBLE_SECONDS:.0f} s", remedy))
+        else:
+            checks.append(Check("ok", f"a renamed file in {folder} is seen whole after {seconds * 1000:.0f} ms"))
+    except (OSError, filelock.Timeout, EOFError) as e:
+        checks.append(Check("error", f"{folder} cannot be used: {e}", "set an output_dir that is writable"))
+    finally:
+        child.join(10) if child.pid else None
+        for path in (lock_path, word):
+            path.unlink(missing_ok=True)
+    return checks
+
+
+def _probe_child(pipe: Any, lock_path: str, word: str) -> None:
+    """The other process: whether it gets the lock that is held, and how soon it sees a file."""
+    try:
+        with filelock.FileLock(lock_path, timeout=0):
+            pipe.send(True)
+    except filelock.Timeout:
+        pipe.send(False)
+    pipe.recv()
+    begin = time.monotonic()
+    while time.monotonic() - begin < _VISIBLE_SECONDS:
+        content = read_json(Path(word))
+        if content is not None:
+            # the clock is that of the machine, so both processes agree on it
+            pipe.send(max(time.monotonic() - content["written"], 0.0))
+            return
+        time.sleep(0.002)
+    pipe.send(None)
+
+
+def _environment() -> Iterator[Check]:
+    from auto_trans.hooks.finder import _Finder
+
+    version = sys.version.split()[0]
+    supported = (3, 9) <= sys.version_info[:2] <= (3, 11)
+    yield Check("ok" if supported else "warning", f"Python {version}", "" if supported else "use Python 3.9 to 3.11")
+    for package in ("mindspore", "mindformers"):
+        try:
+            found = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield Check("warning", f"{package} is not installed here", "install it where the jobs run")
+            continue
+        release = re.match(r"\d+\.\d+", found)
+        if package == "mindformers" and (not release or release.group() not in KNOWN_VERSIONS):
+            remedy = f"use MindFormers {KNOWN_VERSIONS[0]} to {KNOWN_VERSIONS[-1]}, or convert offline"
+            yield Check("warning", f"mindformers {found} is not known; its own conversion is used", remedy)
+        else:
+            yield Check("ok", f"{package} {found}")
+    if os.environ.get("AUTO_TRANS_DISABLE", "0") not in ("", "0"):
+        yield Check("warning", "the hook is turned off by AUTO_TRANS_DISABLE", "unset it")
+    elif any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        yield Check("ok", "the hook is active in this environment")
+    else:
+        yield Check(
+            "error",
+            "the hook is not active: this environment ignores .pth files",
+            "start jobs with python -m auto_trans.run run_mindformer.py ..., or call auto_trans.install()",
+        )
+
+
+def _job(settings: Mapping[str, Any], world_size: int) -> Iterator[Check]:
+    if settings.get("auto_trans_ckpt") is not True:
+        yield Check("warning", "auto_trans_ckpt is not True: nothing will be converted", "set auto_trans_ckpt: True")
+    checkpoint = settings.get("checkpoint") or {}
+    path = (checkpoint.get("load_path") if isinstance(checkpoint, Mapping) else None) or settings.get("load_checkpoint")
+    output = Path(str(settings.get("output_dir") or "./output")).expanduser()
+    try:
+        config = AutoTransConfig.from_settings(settings, path)
+        yield Check("ok", "the settings are valid")
+        check_cleanable(
+            [output / "strategy", output / "transformed_checkpoint"],
+            [p for p in (config.load_checkpoint, config.src_strategy) if p],
+        )
+        source = as_strategy(config.src_strategy)
+        found = find_source(config.load_checkpoint, source, config.resume_file)
+        yield Check(
+            "ok", f"source strategy: {source.world_size} ranks in {source.stages} stage{'s' * (source.stages > 1)}"
+        )
+        size = 0
+        for one in found:
+            for file in one.files.values():
+                size += scan(file).size
+            # the plan of one complete file needs every slice, so it finds what is missing or does not fit
+            plan = plan_conversion(source, Strategy.complete(), ScannedSource(one))
+            size = max(size, plan.nbytes)
+            yield Check("ok", f"{one.path}: {len(one.files)} file{'s' * (len(one.files) > 1)} readable and complete")
+    except AutoTransError as e:
+        yield Check("error", str(e))
+        return
+    free, memory = free_disk(output), available_memory()
+    enough = free > size
+    yield Check(
+        "ok" if enough else "error",
+        f"the weights need about {format_bytes(size)} in {output}, {format_bytes(free)} is free (replicas are links)",
+        "" if enough else "free space, or set another output_dir",
+    )
+    converters = min(config.transform_process_num, world_size)
+    enough = memory > converters * config.memory_limit
+    yield Check(
+        "ok" if enough else "error",
+        f"{converters} converter{'s' * (converters > 1)} need {format_bytes(config.memory_limit)} each, "
+        f"{format_bytes(memory)} of memory is available",
+        "" if enough else "decrease transform_process_num",
+    )
+    yield from probe_file_system(output)
+
+
+def _world_size(settings: Mapping[str, Any]) -> int:
+    """Number of ranks of a job by its YAML."""
+    parallel = settings.get("parallel_config") or {}
+    if not settings.get("use_parallel") or not isinstance(parallel, Mapping):
+        return 1
+    ranks = 1
+    for key in ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel"):
+        ranks *= int(parallel.get(key) or 1)
+    return ranks
