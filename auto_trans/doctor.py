@@ -82,7 +82,10 @@ def examine(
 
 def probe_file_system(folder: Path) -> list[Check]:
     """Tries on a folder what the ranks of a job rely on: locks, atomic renames, and files that others see at once."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        return [Check("error", f"{folder} cannot be made: {e}", "set an output_dir that is writable")]
     lock_path, word = folder / ".auto_trans_probe.lock", folder / ".auto_trans_probe.json"
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -152,6 +152,8 @@ def merge_strategies(folder: PathLike, output: PathLike | None = None) -> Path:
         StrategyError: The files do not make up one job.
     """
     folder = Path(folder)
+    if not folder.is_dir() or not _rank_files(folder):
+        raise StrategyNotFoundError(f"{folder} holds no *_rank_N.ckpt (or .json) strategy files to merge")
     read_strategy(folder)
     merged, seen = ParallelStrategyMap(current_stage=1), set()
     for file in _rank_files(folder).values():

@@ -90,6 +90,14 @@ def test_failed_merge_keeps_the_old_file(tmp_path):
     ]  # fmt: skip
 
 
+def test_merging_without_rank_files_never_overwrites_a_merged_one(tmp_path):
+    merged = merge_strategies(PIPELINE, tmp_path / "merged_ckpt_strategy.ckpt")
+    before = merged.read_bytes()
+    with pytest.raises(StrategyNotFoundError, match="to merge"):
+        merge_strategies(tmp_path)
+    assert merged.read_bytes() == before
+
+
 def test_stage_file_alone_of_a_later_stage_is_refused():
     with pytest.raises(StrategyError, match="stage 1 only; give the folder"):
         read_strategy(PIPELINE / "ckpt_strategy_rank_7.ckpt")
