@@ -136,6 +136,18 @@ def test_matching_strategy_converts_nothing(launch):
     assert all(f.is_symlink() for f in job.output.glob("transformed_checkpoint/*/rank_*/*.ckpt"))
 
 
+def test_folder_of_several_complete_checkpoints(launch, genuine, tmp_path):
+    job = launch().compile()
+    (tmp_path / "source").mkdir()
+    for name in ("base", "lora"):
+        shutil.copy(genuine.complete("mf_llama"), tmp_path / "source" / f"{name}.ckpt")
+    job.start(source=str(tmp_path / "source"), strategy=None).succeeds()
+    transformed = job.output / "transformed_checkpoint"
+    assert sorted(p.name for p in transformed.iterdir()) == ["base", "lora"]
+    shutil.rmtree(transformed / "lora")
+    job.check_weights()
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_converter_that_raises_reaches_all_with_its_traceback(launch, rank):
     ends = launch().compile().start(faults={rank: "raise"}).ends()

@@ -37,8 +37,8 @@ class TinyLlama:
         self._python(DEMO / "prepare.py", "slice", self.complete, folder / "mp4", 4)
         self.distributed, self.strategy = folder / "mp4" / "checkpoint", folder / "mp4" / "strategy"
 
-    def train(self, output: str, *settings: str, ranks: int = 1, environ: dict | None = None) -> Run:
-        """Trains with the Trainer; several ranks are started by msrun."""
+    def train(self, output: str, *settings: str, ranks: int = 1, nodes: int = 1, environ: dict | None = None) -> Run:
+        """Trains with the Trainer; several ranks are started by msrun, one launcher for each node."""
         arguments = [
             str(DEMO / "start.py"), str(DEMO / "tiny_llama.yaml"), f"output_dir={self.folder / output}",
             f"train_dataset.data_loader.dataset_dir={self.folder / 'data'}", *map(str, settings),
@@ -50,18 +50,27 @@ class TinyLlama:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         logs = self.folder / f"{output}_logs"
-        msrun = [str(Path(sys.executable).parent / "msrun"), f"--worker_num={ranks}", f"--local_worker_num={ranks}"]
-        msrun += [f"--master_port={port}", f"--log_dir={logs}", "--join=True", "--cluster_time_out=120"]
         parallel = ["use_parallel=True", "parallel.parallel_mode=0", f"parallel_config.data_parallel={ranks}"]
-        done = subprocess.run(
-            [*msrun, *arguments, *parallel],
-            env=self._environ(environ),
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=280,
-        )
-        return Run(done.returncode, [(logs / f"worker_{r}.log").read_text(errors="replace") for r in range(ranks)])
+        launchers = []
+        for node in range(nodes):
+            msrun = [str(Path(sys.executable).parent / "msrun"), f"--worker_num={ranks}", "--cluster_time_out=120"]
+            msrun += [
+                f"--local_worker_num={ranks // nodes}",
+                f"--master_port={port}",
+                f"--log_dir={logs}_{node}",
+                "--join=True",
+            ]
+            msrun += ["--master_addr=127.0.0.1", f"--node_rank={node}"] if nodes > 1 else []
+            launchers.append(
+                subprocess.Popen(
+                    [*msrun, *arguments, *parallel], env=self._environ(environ), cwd=self.folder,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )
+            )  # fmt: skip
+        codes = [launcher.wait(280) for launcher in launchers]
+        # on one machine msrun fails at the end of every node but the first, whatever its ranks did: their logs tell
+        files = [Path(f"{logs}_{rank * nodes // ranks}") / f"worker_{rank}.log" for rank in range(ranks)]
+        return Run(codes[0], [file.read_text(errors="replace") for file in files])
 
     def _python(self, *arguments, check=True, environ=None):
         return subprocess.run(

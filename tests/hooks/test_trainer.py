@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 
 import oracle
 import pytest
@@ -73,6 +74,31 @@ def test_four_ranks_convert_load_and_train(llama, four):
         llama.folder / "trans" / "transformed_checkpoint" / "checkpoint" / "rank_3" / "checkpoint_3.ckpt"
     )
     assert converted == oracle.read_raw(llama.complete)
+
+
+def test_two_nodes_with_a_shared_disk(llama, four):
+    """Two launcher groups of two ranks each, over one output directory; one converter on each."""
+    run = llama.train("nodes", *distributed(llama), "transform_process_num=2", "compile_stand_in=4x1", ranks=4, nodes=2)
+    assert run.code == 0, run.logs[0][-3000:]
+    assert all("Training Over!" in log for log in run.logs)
+    assert run.losses == four.losses
+    report = json.loads((llama.folder / "nodes" / REPORT_NAME).read_text())
+    assert [c["rank"] for c in report["converters"]] == [0, 2]
+
+
+def test_strategy_is_saved_first_and_weights_are_converted_offline(llama, bin_folder, tmp_path):
+    """only_save_strategy: True, then auto-trans convert, then the slices are there."""
+    run = llama.train(
+        "strategy_only", f"load_checkpoint={llama.complete}", "only_save_strategy=True", "compile_stand_in=1x4"
+    )
+    assert run.code == 0 and "system exit" in run.logs[0]
+    command = [bin_folder / "auto-trans", "convert", llama.complete, tmp_path, "--verify", "--dst-strategy"]
+    subprocess.run([*map(str, command), str(llama.folder / "strategy_only" / "strategy")], check=True)
+    for rank in range(4):
+        (saved,) = (llama.distributed / f"rank_{rank}").iterdir()
+        expected = oracle.read_raw(saved)
+        got = oracle.read_raw(tmp_path / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+        assert got == expected
 
 
 def test_bad_source_is_told_on_every_rank_before_anything_is_built(llama, tmp_path):

@@ -105,15 +105,8 @@ def test_there_and_back_by_one_process_and_by_two(gpt2, tmp_path):
 
 
 def test_a_process_converts_only_its_share(gpt2, tmp_path):
-    arguments = [
-        "--src_checkpoint",
-        gpt2 / "gpt2.ckpt",
-        "--dst_checkpoint",
-        tmp_path / "out",
-        "--dst_strategy",
-        gpt2 / "dp2mp2pp2",
-    ]
-    arguments += ["--world_size", 8, "--transform_process_num", 2]
+    arguments = ["--src_checkpoint", gpt2 / "gpt2.ckpt", "--dst_checkpoint", tmp_path / "out"]
+    arguments += ["--dst_strategy", gpt2 / "dp2mp2pp2", "--world_size", 8, "--transform_process_num", 2]
     python(*arguments, "--rank_id", 4, "--transform_by_rank", "False")
     assert set(files(tmp_path / "out")) == {f"gpt2/rank_{r}/checkpoint_{r}.ckpt" for r in range(4, 8)}
     before = files(tmp_path / "out")
