@@ -79,8 +79,7 @@ def test_four_ranks_convert_load_and_train(llama, four):
 def test_two_nodes_with_a_shared_disk(llama, four):
     """Two launcher groups of two ranks each, over one output directory; one converter on each."""
     run = llama.train("nodes", *distributed(llama), "transform_process_num=2", "compile_stand_in=4x1", ranks=4, nodes=2)
-    assert run.code == 0, run.logs[0][-3000:]
-    assert all("Training Over!" in log for log in run.logs)
+    assert all("Training Over!" in log for log in run.logs), run.logs[0][-3000:]
     assert run.losses == four.losses
     report = json.loads((llama.folder / "nodes" / REPORT_NAME).read_text())
     assert [c["rank"] for c in report["converters"]] == [0, 2]
