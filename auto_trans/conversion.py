@@ -6,33 +6,30 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
 import xxhash
 
-from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints, rank_file
-from auto_trans.checkpoint.formats import encoded_size, parse_format, scan
-from auto_trans.checkpoint.index import CheckpointIndex, StoredTensor, content_digest
+from auto_trans.checkpoint.files import SourceCheckpoint, rank_file
+from auto_trans.checkpoint.formats import encoded_size, parse_format
+from auto_trans.checkpoint.index import content_digest
 from auto_trans.checkpoint.manifest import FileRecord, Manifest
 from auto_trans.checkpoint.publish import replicate
-from auto_trans.config import DEFAULT_MEMORY, ENGINES, parse_engine, parse_memory
+from auto_trans.config import DEFAULT_MEMORY, parse_engine, parse_memory
 from auto_trans.errors import ConfigError, OutputExistsError, PlanError
 from auto_trans.execute import DEFAULT_BUFFER_BYTES, Executor
 from auto_trans.log import logger
 from auto_trans.plan import ConversionPlan, FilePlan, plan_conversion
 from auto_trans.progress import Meter
 from auto_trans.resources import check_disk, check_memory, format_bytes
-from auto_trans.strategy import Strategy, read_strategy
+from auto_trans.source import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
+from auto_trans.strategy import Strategy
 
-__all__ = ["ENGINES", "Conversion", "ConversionReport", "ScannedSource", "convert", "find_source"]
-
-PathLike = Union[str, "os.PathLike[str]"]
-StrategyLike = Union[None, str, "os.PathLike[str]", Strategy]
+__all__ = ["Conversion", "ConversionReport", "convert", "prepare", "run_conversion"]
 
 
 @dataclass(frozen=True)
@@ -69,64 +66,6 @@ class ConversionReport:
         parts = [f"{len(self.converted)} converted", f"{len(self.linked)} linked", f"{len(self.reused)} reused"]
         size = format_bytes(self.bytes_written)
         return f"{self.target}: {', '.join(parts)} of {len(self.files)} files, {size} in {self.seconds:.1f} s"
-
-
-@dataclass
-class ScannedSource:
-    """The files of a source, scanned as they are needed."""
-
-    checkpoint: SourceCheckpoint
-    _scanned: dict[int, CheckpointIndex] = field(default_factory=dict, repr=False)
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        """The ranks whose files are there, in ascending order."""
-        return tuple(self.checkpoint.files)
-
-    def file(self, rank: int) -> CheckpointIndex:
-        """What the file of a rank holds."""
-        if rank not in self._scanned:
-            self._scanned[rank] = scan(self.checkpoint.files[rank])
-        return self._scanned[rank]
-
-    def tensors(self, rank: int) -> Mapping[str, StoredTensor]:
-        """The tensors of a rank's file by name, in file order."""
-        return self.file(rank).tensors
-
-    def describe(self, rank: int) -> str:
-        """The rank's file."""
-        return str(self.checkpoint.files[rank])
-
-
-def find_source(
-    src: PathLike, src_strategy: StrategyLike, resume_file: Optional[str] = None, step: Optional[str] = None
-) -> list[SourceCheckpoint]:
-    """Finds the source checkpoints and checks that strategy and files go together.
-
-    Raises:
-        ConfigError: A strategy is given for a single file, or none for a distributed checkpoint.
-    """
-    found = find_checkpoints(Path(src), resume_file, step)
-    strategy = as_strategy(src_strategy)
-    for checkpoint in found:
-        if strategy.is_complete and len(checkpoint.files) > 1:
-            raise ConfigError(
-                f"source {checkpoint.path} is distributed over {len(checkpoint.files)} rank folders, but no source strategy "
-                f"is given; set src_strategy_path_or_dir to the strategy that it was saved under"
-            )
-        if strategy.world_size > 1 and not checkpoint.distributed:
-            raise ConfigError(
-                f"source {checkpoint.path} is a single file, but its strategy {strategy.origin} describes "
-                f"{strategy.world_size} ranks; give the folder above rank_0, or no source strategy if the file is complete"
-            )
-    return found
-
-
-def as_strategy(strategy: StrategyLike) -> Strategy:
-    """Reads a strategy unless it is one; nothing means complete weights, as does MindFormers' ``"None"``."""
-    if isinstance(strategy, Strategy):
-        return strategy
-    return read_strategy(strategy) if strategy and strategy != "None" else Strategy.complete()
 
 
 class Conversion:

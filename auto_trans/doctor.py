@@ -19,13 +19,13 @@ import yaml
 from auto_trans.checkpoint.clean import check_cleanable
 from auto_trans.checkpoint.formats import scan
 from auto_trans.config import AutoTransConfig
-from auto_trans.conversion import ScannedSource, as_strategy, find_source
 from auto_trans.coordination.election import Assignment, elect
 from auto_trans.coordination.files import read_json, write_json
 from auto_trans.errors import AutoTransError
 from auto_trans.hooks.patches import KNOWN_VERSIONS
 from auto_trans.plan import plan_conversion
 from auto_trans.resources import available_memory, format_bytes, free_disk
+from auto_trans.source import ScannedSource, as_strategy, find_source
 from auto_trans.strategy import Strategy
 
 __all__ = ["Check", "examine", "probe_file_system"]

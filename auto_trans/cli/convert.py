@@ -80,7 +80,8 @@ def parse_ranks(text: Optional[str]) -> Optional[list[int]]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from auto_trans.conversion import Conversion, as_strategy, find_source, run_conversion
+    from auto_trans.conversion import Conversion, run_conversion
+    from auto_trans.source import as_strategy, find_source
     from auto_trans.workers import run_with_workers
 
     source, target = as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy)

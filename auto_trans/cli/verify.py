@@ -39,9 +39,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from auto_trans.conversion import as_strategy, find_source
     from auto_trans.errors import ConfigError
     from auto_trans.resources import format_bytes
+    from auto_trans.source import as_strategy, find_source
     from auto_trans.verify import verify_against, verify_digests
 
     if arguments.against is None:

@@ -11,7 +11,7 @@ from typing import Any, Optional
 from auto_trans.checkpoint.files import SourceCheckpoint, rank_file
 from auto_trans.checkpoint.publish import write_json
 from auto_trans.config import AutoTransConfig
-from auto_trans.conversion import Conversion, as_strategy, find_source, run_conversion
+from auto_trans.conversion import Conversion, run_conversion
 from auto_trans.coordination.barrier import Heartbeat, wait_until
 from auto_trans.coordination.election import Assignment, elect
 from auto_trans.coordination.session import LEADER, Session
@@ -19,6 +19,7 @@ from auto_trans.errors import CoordinationError, OutputError, StrategyError, Str
 from auto_trans.hooks.job import Job
 from auto_trans.log import logger
 from auto_trans.resources import format_bytes
+from auto_trans.source import as_strategy, find_source
 from auto_trans.strategy import Strategy, describe_difference, merge_strategies, read_strategy, same_slices
 
 __all__ = ["REPORT_NAME", "TransformCkpt", "convert_together"]

@@ -22,10 +22,11 @@ from typing import Optional
 if __package__ in (None, ""):  # run by its path from a checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from auto_trans.conversion import Conversion, as_strategy, find_source, run_conversion
+from auto_trans.conversion import Conversion, run_conversion
 from auto_trans.coordination.election import elect
 from auto_trans.errors import AutoTransError, ConfigError
 from auto_trans.log import logger
+from auto_trans.source import as_strategy, find_source
 from auto_trans.strategy import Strategy
 
 __all__ = ["main"]

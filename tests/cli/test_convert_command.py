@@ -192,6 +192,20 @@ def test_wrong_arguments_are_told_in_one_line(auto_trans, sides, more, message):
     assert "Traceback" in auto_trans("--debug", "convert", sides[0], "out", *sides[1:], *more, code=1).stderr
 
 
+def test_prefix_and_memory(auto_trans, sides, tmp_path):
+    command(auto_trans, sides, "out", "--prefix", "net_", "--memory", "1MiB")
+    command(auto_trans, sides, "plain")
+    assert [f.name for f in sorted((tmp_path / "out").rglob("*.ckpt"))] == [f"net_{r}.ckpt" for r in range(4)]
+    assert content(tmp_path / "out") == content(tmp_path / "plain")
+
+
+def test_destination_that_cannot_be_written(auto_trans, sides, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = command(auto_trans, sides, "file/out", code=1)
+    assert "set an output directory that is writable" in done.stderr and "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_wrong_usage_is_code_2(auto_trans):
     auto_trans("convert", "only_one", code=2)
     auto_trans("unknown", code=2)
