@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from auto_trans.errors import AutoTransError as AutoTransError
     from auto_trans.hooks.patches import install as install
     from auto_trans.strategy import Strategy as Strategy
-    from auto_trans.strategy import merge_strategies as merge_strategies
-    from auto_trans.strategy import read_strategy as read_strategy
+    from auto_trans.strategy_files import merge_strategies as merge_strategies
+    from auto_trans.strategy_files import read_strategy as read_strategy
 
 __version__ = "0.1.0"
 
@@ -22,8 +22,8 @@ _PUBLIC = {
     "Strategy": "auto_trans.strategy",
     "convert": "auto_trans.conversion",
     "install": "auto_trans.hooks.patches",
-    "merge_strategies": "auto_trans.strategy",
-    "read_strategy": "auto_trans.strategy",
+    "merge_strategies": "auto_trans.strategy_files",
+    "read_strategy": "auto_trans.strategy_files",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -19,7 +19,8 @@ from auto_trans.conversion import Conversion
 from auto_trans.errors import AutoTransError, CorruptCheckpointError
 from auto_trans.layout import Layout
 from auto_trans.resources import available_memory, free_disk
-from auto_trans.strategy import Strategy, read_strategy
+from auto_trans.strategy import Strategy
+from auto_trans.strategy_files import read_strategy
 
 __all__ = [
     "describe_checkpoint",

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Optional
 from auto_trans.checkpoint.files import rank_file
 from auto_trans.checkpoint.publish import new_file
 from auto_trans.errors import ConfigError
-from auto_trans.strategy import MERGED_NAME, Strategy, merge_strategies
+from auto_trans.strategy import Strategy
+from auto_trans.strategy_files import MERGED_NAME, merge_strategies
 
 if TYPE_CHECKING:
     from auto_trans.conversion import Conversion, ConversionReport

@@ -12,7 +12,8 @@ from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints
 from auto_trans.checkpoint.formats import scan
 from auto_trans.checkpoint.index import CheckpointIndex, StoredTensor
 from auto_trans.errors import ConfigError
-from auto_trans.strategy import Strategy, read_strategy
+from auto_trans.strategy import Strategy
+from auto_trans.strategy_files import read_strategy
 
 __all__ = ["PathLike", "ScannedSource", "StrategyLike", "as_strategy", "find_source"]
 

@@ -45,7 +45,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.describe import describe_checkpoint, read_path
-    from auto_trans.strategy import Strategy, read_strategy
+    from auto_trans.strategy import Strategy
+    from auto_trans.strategy_files import read_strategy
 
     found = read_path(arguments.path)
     if isinstance(found, Strategy):

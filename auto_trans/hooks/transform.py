@@ -20,7 +20,8 @@ from auto_trans.hooks.job import Job
 from auto_trans.log import logger
 from auto_trans.resources import format_bytes
 from auto_trans.source import as_strategy, find_source
-from auto_trans.strategy import Strategy, describe_difference, merge_strategies, read_strategy, same_slices
+from auto_trans.strategy import Strategy, describe_difference, same_slices
+from auto_trans.strategy_files import merge_strategies, read_strategy
 
 __all__ = ["REPORT_NAME", "TransformCkpt", "convert_together"]
 

@@ -7,7 +7,8 @@ import oracle
 import pytest
 
 from auto_trans.errors import LayoutError, StrategyError, StrategyNotFoundError
-from auto_trans.strategy import Strategy, describe_difference, merge_strategies, read_strategy, same_slices
+from auto_trans.strategy import Strategy, describe_difference, same_slices
+from auto_trans.strategy_files import merge_strategies, read_strategy
 from auto_trans.strategy_pb import ParallelStrategyMap
 
 LLAMA = oracle.DATA / "mf_llama"
