@@ -21,7 +21,7 @@ from auto_trans.checkpoint.manifest import FileRecord, Manifest
 from auto_trans.checkpoint.publish import replicate
 from auto_trans.config import DEFAULT_MEMORY, parse_engine, parse_memory
 from auto_trans.errors import ConfigError, OutputExistsError, PlanError
-from auto_trans.execute import DEFAULT_BUFFER_BYTES, Executor
+from auto_trans.execute import DEFAULT_BUFFER_BYTES, Adapt, Executor
 from auto_trans.log import logger
 from auto_trans.plan import ConversionPlan, FilePlan, plan_conversion
 from auto_trans.progress import Meter
@@ -81,6 +81,8 @@ class Conversion:
         memory_limit: Bytes of memory that the conversion may use.
         format: ``ckpt`` or ``safetensors``; that of the source by default.
         reuse: Keep files that are there already and were made from the same inputs.
+        exclude: Source parameters that are left out.
+        variant: What else the target depends on, as text.
 
     Attributes:
         plan: What will be done.
@@ -98,6 +100,8 @@ class Conversion:
         memory_limit: Optional[int] = None,
         format: Optional[str] = None,
         reuse: bool = True,
+        exclude: Callable[[str], bool] = lambda name: False,
+        variant: str = "",
     ) -> None:
         if not isinstance(prefix, str) or not prefix or "/" in prefix:
             raise ConfigError(f"prefix must be the beginning of a file name, not {prefix!r}")
@@ -105,7 +109,8 @@ class Conversion:
         self.memory_limit = memory_limit or DEFAULT_MEMORY
         self.format = parse_format(format) if format else checkpoint.format
         self.reuse = reuse
-        self._index = ScannedSource(checkpoint)
+        self._index = ScannedSource(checkpoint, exclude)
+        self._variant = variant
         self.plan: ConversionPlan = plan_conversion(source, target, self._index, ranks)
         self.manifest = Manifest(dst, self._inputs_digest(), target.world_size)
 
@@ -158,12 +163,19 @@ class Conversion:
                     f"saved under"
                 )
 
-    def run(self, *, quiet: bool = False, listener: Optional[Callable[[int, int], None]] = None) -> ConversionReport:
+    def run(
+        self,
+        *,
+        quiet: bool = False,
+        listener: Optional[Callable[[int, int], None]] = None,
+        adapt: Optional[Adapt] = None,
+    ) -> ConversionReport:
         """Converts, publishes every file as it is complete, and writes the manifest once all ranks are there.
 
         Args:
             quiet: Show no progress.
             listener: Told (bytes done, bytes in all).
+            adapt: Changes parts of tensors on their way.
         """
         begin = time.monotonic()
         todo = self.todo()
@@ -178,7 +190,7 @@ class Conversion:
         buffer_bytes = min(DEFAULT_BUFFER_BYTES, self.memory_limit // 2)
         records: dict[int, FileRecord] = {}
         try:
-            with Executor(sources, buffer_bytes, meter) as executor:
+            with Executor(sources, buffer_bytes, meter, adapt) as executor:
                 for file in self.plan.files:
                     there = {rank: record for rank in file.ranks if (record := self._done(rank))}
                     reused += there
@@ -216,7 +228,7 @@ class Conversion:
     def log_plan(self) -> None:
         """Logs what the plan leaves out or adds, which a user should know."""
         plan = self.plan
-        if plan.carried:
+        if plan.carried and not (self.source.is_complete and self.target.is_complete):
             logger.info("carried over as they are, in no strategy: %s", _names(plan.carried))
         if plan.absent:
             logger.warning("not in the source, the model keeps its initial values: %s", _names(plan.absent))
@@ -231,7 +243,7 @@ class Conversion:
         for rank, file in self.checkpoint.files.items():
             stat = file.stat()
             sources.append([rank, str(file.resolve()), stat.st_size, stat.st_mtime_ns])
-        inputs = [sources, self.source.digest, self.target.digest, self.prefix, self.format.name]
+        inputs = [sources, self.source.digest, self.target.digest, self.prefix, self.format.name, self._variant]
         return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
 
 

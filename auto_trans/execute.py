@@ -24,12 +24,14 @@ from auto_trans.errors import SourceChangedError
 from auto_trans.layout import Box, Shape, split_box
 from auto_trans.plan import FilePlan, TensorPlan
 
-__all__ = ["DEFAULT_BUFFER_BYTES", "Executor", "Progress"]
+__all__ = ["DEFAULT_BUFFER_BYTES", "Adapt", "Executor", "Progress"]
 
 DEFAULT_BUFFER_BYTES = 8 * 1024 * 1024
 
 # called with the bytes of tensors that were written since the last call
 Progress = Callable[[int], None]
+# called with a tensor, a box of it and the bytes of the box; returns the bytes to be written instead
+Adapt = Callable[[TensorPlan, Box, memoryview], memoryview]
 
 
 class Executor:
@@ -39,6 +41,7 @@ class Executor:
         sources: Source rank -> its scanned file.
         buffer_bytes: Size of the buffer in which strided parts are gathered.
         progress: Told of the bytes written.
+        adapt: Changes parts of tensors on their way; by default every byte stays as it is.
     """
 
     def __init__(
@@ -46,10 +49,12 @@ class Executor:
         sources: Mapping[int, CheckpointIndex],
         buffer_bytes: int = DEFAULT_BUFFER_BYTES,
         progress: Optional[Progress] = None,
+        adapt: Optional[Adapt] = None,
     ) -> None:
         self._sources = sources
         self._buffer = np.empty(buffer_bytes, np.uint8)
         self._progress = progress or (lambda nbytes: None)
+        self._adapt = adapt or (lambda tensor, box, part: part)
         self._maps: dict[int, np.ndarray] = {}
 
     def __enter__(self) -> Executor:
@@ -76,20 +81,24 @@ class Executor:
         with new_file(path) as out:
             for tensor, records in format.encode(plan.tensors):
                 writer = _RecordWriter(out, tensor, records)
-                for part in self._parts(tensor):
-                    writer.write(part)
+                for box, part in self.parts(tensor):
+                    writer.write(self._adapt(tensor, box, part))
                     self._progress(part.nbytes)
                 writer.close()
             self._check_unchanged({copy.rank for tensor in plan.tensors for copy in tensor.copies})
         return out.digest
 
-    def _parts(self, tensor: TensorPlan) -> Iterator[memoryview]:
-        """The contents of a tensor in order, in parts that fit the buffer."""
+    def parts(self, tensor: TensorPlan) -> Iterator[tuple[Box, memoryview]]:
+        """The contents of a tensor in order, in parts that fit the buffer; each is overwritten by the next.
+
+        Yields:
+            The box of the target slice, and its bytes.
+        """
         item = tensor.nbytes // max(math.prod(tensor.shape), 1)
         for box in split_box(Box.whole(tensor.shape), max(1, self._buffer.nbytes // max(item, 1))):
             found = [(copy, common) for copy in tensor.copies if (common := copy.target.intersect(box))]
             if len(found) == 1 and item * box.volume > self._buffer.nbytes:  # an opaque element beyond the buffer
-                yield from self._opaque(found[0][0].rank, tensor.name)
+                yield from ((box, part) for part in self._opaque(found[0][0].rank, tensor.name))
                 continue
             out = None
             for copy, common in found:
@@ -100,7 +109,7 @@ class Executor:
                 if len(found) == 1:
                     run = self._contiguous(copy.rank, stored, source, item)
                     if run is not None:
-                        yield run
+                        yield box, run
                         break
                 if out is None:
                     out = self._buffer[: item * box.volume].reshape(_bytes_shape(box.size, item))
@@ -108,7 +117,7 @@ class Executor:
                 self._gather(copy.rank, stored, source, item, out[_bytes_box(part, item).slices()])
             else:
                 if out is not None:
-                    yield out.reshape(-1).data
+                    yield box, out.reshape(-1).data
 
     def _contiguous(self, rank: int, stored: StoredTensor, box: Box, item: int) -> Optional[memoryview]:
         """The box as it lies in the file, if it is one run of bytes there."""

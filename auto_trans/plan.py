@@ -81,6 +81,7 @@ class TensorPlan:
         shape: Shape of the target slice.
         nbytes: Bytes of the target slice.
         copies: What it is copied from.
+        offset: Where the slice begins in the full tensor, in elements per dimension.
     """
 
     name: str
@@ -89,6 +90,7 @@ class TensorPlan:
     shape: Shape
     nbytes: int
     copies: tuple[Copy, ...]
+    offset: Shape = ()
 
 
 @dataclass(frozen=True)
@@ -324,8 +326,9 @@ class _Planner:
         for name in self._carried:
             owner = self._carried_from(name, local)
             meta = self._meta(owner, name)
-            whole = Copy(owner, (0,) * len(meta.shape), Box.whole(meta.shape))
-            yield TensorPlan(name, meta.dtype, meta.dims, meta.shape, meta.nbytes, (whole,))
+            start = (0,) * len(meta.shape)
+            whole = Copy(owner, start, Box.whole(meta.shape))
+            yield TensorPlan(name, meta.dtype, meta.dims, meta.shape, meta.nbytes, (whole,), start)
 
     def _carried_from(self, name: str, local: int) -> int:
         """The source rank that a parameter without layout is taken from: the one at the same place, as in MindSpore."""
@@ -356,7 +359,7 @@ class _Planner:
                 )
                 nbytes = meta.nbytes // max(math.prod(meta.shape), 1) * box.volume
                 dims = meta.dims if box.size == meta.shape else box.size
-                self._tensors[key] = TensorPlan(name, meta.dtype, dims, box.size, nbytes, copies)
+                self._tensors[key] = TensorPlan(name, meta.dtype, dims, box.size, nbytes, copies, box.offset)
             return self._tensors[key]
         except LayoutError as e:
             raise PlanError(

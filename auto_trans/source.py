@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Union
+from typing import Callable, Optional, Union
 
 from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints
 from auto_trans.checkpoint.formats import scan
@@ -23,10 +23,17 @@ StrategyLike = Union[str, "os.PathLike[str]", Strategy, None]
 
 @dataclass
 class ScannedSource:
-    """The files of a source, scanned as they are needed."""
+    """The files of a source, scanned as they are needed.
+
+    Attributes:
+        checkpoint: The files.
+        exclude: Parameters that are treated as if they were not there.
+    """
 
     checkpoint: SourceCheckpoint
+    exclude: Callable[[str], bool] = lambda name: False
     _scanned: dict[int, CheckpointIndex] = field(default_factory=dict, repr=False)
+    _shown: dict[int, dict[str, StoredTensor]] = field(default_factory=dict, repr=False)
 
     @property
     def ranks(self) -> Sequence[int]:
@@ -41,7 +48,9 @@ class ScannedSource:
 
     def tensors(self, rank: int) -> Mapping[str, StoredTensor]:
         """The tensors of a rank's file by name, in file order."""
-        return self.file(rank).tensors
+        if rank not in self._shown:
+            self._shown[rank] = {name: t for name, t in self.file(rank).tensors.items() if not self.exclude(name)}
+        return self._shown[rank]
 
     def describe(self, rank: int) -> str:
         """The rank's file."""

@@ -1,0 +1,51 @@
+"""``auto-trans merge-lora``: merges LoRA weights into the base weights."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+__all__ = ["add_parser"]
+
+_EXAMPLES = """\
+examples:
+  complete weights, trained with lora_alpha 16 and lora_rank 8:
+    auto-trans merge-lora finetuned.ckpt merged --scaling 16/8
+  distributed weights to one complete file:
+    auto-trans merge-lora output/checkpoint merged --src-strategy output/strategy --scaling 16/8
+  distributed weights straight to the slices of another job:
+    auto-trans merge-lora output/checkpoint merged --src-strategy output/strategy --dst-strategy new/strategy --scaling 2
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "merge-lora",
+        help="merge LoRA weights into the base weights",
+        description="Merges LoRA weights into the base weights beside them: W' = W + (B @ A) * scaling.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("src", metavar="SRC", help="a complete file, or a folder of rank_N folders, with base and LoRA weights")
+    add("dst", metavar="DST", help="an empty or new folder; gets rank_N/checkpoint_N.ckpt")
+    add("--src-strategy", metavar="P", help="strategy of SRC (none: SRC is complete)")
+    add("--dst-strategy", metavar="P", help="strategy of the target (none: one complete file)")
+    add("--scaling", default="1", metavar="S", help="lora_alpha/lora_rank, as a number or as 16/8 (default: 1)")
+    add("--prefix", default="checkpoint_", help="beginning of the file names (default: %(default)s)")
+    add("--format", choices=["ckpt", "safetensors"], help="format of the files written (default: that of SRC)")
+    add("--memory", metavar="SIZE", help="memory for the parts that are merged (default: 64MiB)")
+    add("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from auto_trans.merge_lora import merge_lora
+
+    report = merge_lora(
+        arguments.src, arguments.dst, arguments.src_strategy, arguments.dst_strategy, scaling=arguments.scaling,
+        prefix=arguments.prefix, format=arguments.format, memory_limit=arguments.memory, quiet=arguments.quiet,
+    )  # fmt: skip
+    print(report)
+    return 0

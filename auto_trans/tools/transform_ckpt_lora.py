@@ -1,0 +1,66 @@
+r"""Drop-in for MindFormers' ``transform_ckpt_lora.py``: merges LoRA weights into the base weights.
+
+    python transform_ckpt_lora.py \
+      --src_ckpt_strategy src_strategy_path_or_dir \
+      --src_ckpt_path_or_dir src_ckpt_path_or_dir \
+      --dst_ckpt_dir dst_ckpt_dir \
+      --prefix "checkpoint_" \
+      --lora_scaling lora_alpha/lora_rank
+
+The merged weights are in ``<dst_ckpt_dir>/rank_N/checkpoint_N.ckpt``; the last line printed is the ``load_checkpoint:`` to
+set. A strategy folder is merged anew in memory; a merged file that lies in it is neither used nor touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+if __package__ in (None, ""):  # run by its path from a checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from auto_trans.errors import AutoTransError
+from auto_trans.merge_lora import merge_lora
+
+__all__ = ["main"]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Merges by the documented flags.
+
+    Returns:
+        The exit code: 0 done, 1 failed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="transform_ckpt_lora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--src_ckpt_strategy", default="", help="strategy file or folder of the source (none: it is complete)")
+    add("--dst_ckpt_strategy", default="", help="strategy file or folder of the target (none: one complete file)")
+    add("--src_ckpt_path_or_dir", required=True, help="complete file, or folder of rank_x folders, of the source")
+    add("--dst_ckpt_dir", required=True, help="an empty or new folder")
+    add("--prefix", default="checkpoint_", help="beginning of the target files' names (default: checkpoint_)")
+    add("--lora_scaling", default="1", help="lora_alpha/lora_rank, as a number or as 16/8 (default: 1)")
+    add("--save_format", default="ckpt", choices=["ckpt", "safetensors"], help="format of the target (default: ckpt)")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    try:
+        report = merge_lora(
+            arguments.src_ckpt_path_or_dir, arguments.dst_ckpt_dir, arguments.src_ckpt_strategy,
+            arguments.dst_ckpt_strategy, scaling=arguments.lora_scaling, prefix=arguments.prefix,
+            format=arguments.save_format, quiet=False,
+        )  # fmt: skip
+    except AutoTransError as e:
+        sys.stderr.write(f"transform_ckpt_lora: error: {e}\n")
+        return 1
+    single = len(report.files) == 1
+    print(f"load_checkpoint: {Path(arguments.dst_ckpt_dir).absolute() / (report.files[0].file if single else '')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
