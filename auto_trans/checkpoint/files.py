@@ -145,8 +145,11 @@ def _choose(folders: Mapping[int, Path], resume_file: Optional[str], step: Optio
 
 
 def _of_step(folder: Path, files: list[Path], step: str) -> list[Path]:
-    """The files of a rank that are of a step."""
-    chosen = [file for file in files if (found := _step(file)) and _step_name(found) == step]
+    """The files of a rank that are of a step (``{epoch}_{step}``), or whose names end so if it is none."""
+    if re.fullmatch(r"\d+_\d+", step):
+        chosen = [file for file in files if (found := _step(file)) and _step_name(found) == step]
+    else:
+        chosen = [file for file in files if file.stem.endswith(step)]
     if not chosen:
         raise CheckpointNotFoundError(
             f"{folder} holds no file of step {step}; there are {', '.join(f.name for f in files) or 'none'}"

@@ -94,6 +94,7 @@ class CheckpointIndex:
         size: Bytes of the file when it was scanned.
         mtime_ns: Its modification time when it was scanned.
         crc: The crc32 stored in the file, or None.
+        redundancy_removed: Whether MindSpore's ``remove_redundancy`` left out what other ranks hold; None = not told.
     """
 
     path: Path
@@ -101,6 +102,7 @@ class CheckpointIndex:
     size: int
     mtime_ns: int
     crc: int | None = None
+    redundancy_removed: bool | None = None
 
 
 def content_digest(index: CheckpointIndex, name: str) -> str:

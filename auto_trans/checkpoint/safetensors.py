@@ -63,7 +63,8 @@ def scan(path: Path) -> CheckpointIndex:
     if not tensors:
         raise _corrupt(path, "it holds no parameters")
     crc = metadata.get("crc_num")
-    return CheckpointIndex(path, tensors, stat.st_size, stat.st_mtime_ns, int(crc) if crc else None)
+    removed = {"True": True, "False": False}.get(metadata.get("remove_redundancy", ""))
+    return CheckpointIndex(path, tensors, stat.st_size, stat.st_mtime_ns, int(crc) if crc else None, removed)
 
 
 def encode(tensors: Iterable[T]) -> Iterator[tuple[T, list[Record]]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Optional
 
 from auto_trans import __version__
-from auto_trans.cli import convert, doctor, inspect, merge_lora, merge_strategy, verify
+from auto_trans.cli import convert, doctor, inspect, merge_lora, merge_safetensors, merge_strategy, verify
 
 __all__ = ["main"]
 
@@ -29,7 +29,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--version", action="version", version=f"auto-trans {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (convert, inspect, verify, merge_strategy, merge_lora, doctor):
+    for command in (convert, inspect, verify, merge_strategy, merge_lora, merge_safetensors, doctor):
         command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
     quiet = getattr(arguments, "quiet", False) or getattr(arguments, "json", False)

@@ -29,7 +29,7 @@ from auto_trans.log import logger
 from auto_trans.source import as_strategy, find_source
 from auto_trans.strategy import Strategy
 
-__all__ = ["main"]
+__all__ = ["boolean", "main"]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -61,11 +61,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--rank_id", type=int, default=0, help="which of several processes this is (default: 0)")
     add("--world_size", type=int, default=1, help="number of slices of the target (default: 1, as the strategy says)")
     add("--transform_process_num", type=int, default=1, help="number of processes (default: 1)")
-    add("--transform_by_rank", type=_boolean, default=False, metavar="BOOL", help="accepted; makes no difference here")
+    add("--transform_by_rank", type=boolean, default=False, metavar="BOOL", help="accepted; makes no difference here")
     return parser
 
 
-def _boolean(text: str) -> bool:
+def boolean(text: str) -> bool:
+    """``True`` or ``False`` as a real boolean, for argparse."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
     return text.lower() == "true"

@@ -1,0 +1,52 @@
+"""``auto-trans merge-safetensors``: merges distributed weights into one complete set of safetensors files."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+__all__ = ["add_parser"]
+
+_EXAMPLES = """\
+examples:
+  the latest step, without optimizer state:
+    auto-trans merge-safetensors output/checkpoint merged --src-strategy output/strategy --filter-out-param-prefix adam_
+  the files that end with -3_200.safetensors:
+    auto-trans merge-safetensors output/checkpoint merged --src-strategy output/strategy --file-suffix 3_200
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand."""
+    parser = subparsers.add_parser(
+        "merge-safetensors",
+        help="merge distributed weights into complete safetensors files",
+        description="Merges distributed weights into safetensors files with the indices of HuggingFace and MindSpore.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("src", metavar="SRC", help="a folder of rank_N folders")
+    add("dst", metavar="DST", help="an empty or new folder")
+    add("--src-strategy", metavar="P", required=True, help="strategy file, merged file or folder of SRC")
+    add("--file-suffix", metavar="S", help="end of the file names to take, e.g. 1_1 (default: the latest step)")
+    add("--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a file (default: %(default)s)")
+    add("--filter-out-param-prefix", metavar="P", nargs="*", default=[], help="leave out parameters that begin so")
+    add("--check-replicas", action="store_true", help="compare all copies of every slice (reads every file whole)")
+    add("--memory", metavar="SIZE", help="memory of the merge (default: 64MiB)")
+    add("--quiet", action="store_true", help="show no progress")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from auto_trans.merge_safetensors import merge_safetensors
+    from auto_trans.resources import format_bytes
+
+    report = merge_safetensors(
+        arguments.src, arguments.dst, arguments.src_strategy, file_suffix=arguments.file_suffix,
+        max_shard_size=arguments.max_shard_size, filter_out_param_prefix=arguments.filter_out_param_prefix,
+        check_replicas=arguments.check_replicas, memory_limit=arguments.memory, quiet=arguments.quiet,
+    )  # fmt: skip
+    size = format_bytes(report.total_size)
+    print(f"{report.target}: {report.parameters} parameters, {size}, in {len(report.files)} files")
+    return 0
