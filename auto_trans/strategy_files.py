@@ -16,12 +16,13 @@ from typing import Any, NamedTuple, Union
 
 import xxhash
 
+from auto_trans.checkpoint.publish import new_file
 from auto_trans.errors import LayoutError, StrategyError, StrategyNotFoundError
 from auto_trans.layout import Layout
 from auto_trans.strategy import Strategy
 from auto_trans.strategy_pb import DecodeError, ParallelStrategyMap
 
-__all__ = ["MERGED_NAME", "merge_strategies", "read_strategy"]
+__all__ = ["MERGED_NAME", "merge_strategies", "read_strategy", "remerge_strategies"]
 
 MERGED_NAME = "merged_ckpt_strategy.ckpt"
 
@@ -74,6 +75,7 @@ def merge_strategies(folder: PathLike, output: PathLike | None = None) -> Path:
     Raises:
         StrategyNotFoundError: The folder holds no strategy files.
         StrategyError: The files do not make up one job.
+        OutputError: The merged file cannot be written.
     """
     folder = Path(folder)
     if not folder.is_dir() or not _rank_files(folder):
@@ -91,10 +93,18 @@ def merge_strategies(folder: PathLike, output: PathLike | None = None) -> Path:
         merged.parallel_strategy_item.extend(message.parallel_strategy_item)
         merged.parallel_layout_item.extend(message.parallel_layout_item)
     output = Path(output) if output else folder / MERGED_NAME
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(merged.SerializeToString())
-    os.replace(temporary, output)
+    with new_file(output) as out:
+        out.write(merged.SerializeToString())
     return output
+
+
+def remerge_strategies(path: PathLike | None) -> None:
+    """Writes the merged file of a strategy folder anew, as MindFormers' scripts do; an old one stays if that fails.
+
+    Nothing is done for what is no folder, or where pipeline parallelism is not used.
+    """
+    if path and path != "None" and Path(path).is_dir() and read_strategy(path).stages > 1:
+        merge_strategies(path)
 
 
 def _rank_files(folder: Path) -> dict[int, Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -217,7 +218,9 @@ def test_wrong_shard_sizes(text):
 
 def test_drop_in_script_and_command(genuine, tmp_path, bin_folder):
     source = save(tmp_path / "src", slices(genuine, "dp2mp2pp2"))
-    strategy = genuine.model("mf_llama").strategy("dp2mp2pp2")
+    strategy = tmp_path / "strategy"
+    shutil.copytree(genuine.model("mf_llama").strategy("dp2mp2pp2"), strategy)
+    (strategy / "merged_ckpt_strategy.ckpt").write_bytes(b"of an earlier job")
     script = Path(auto_trans.__file__).parent / "tools" / "convert_reversed.py"
     flags = ["--src_strategy_dirs", strategy, "--mindspore_ckpt_dir", source, "--tmp_dir", tmp_path / "a"]
     flags += ["--file_suffix", "1_1", "--has_redundancy", "False"]
@@ -225,6 +228,7 @@ def test_drop_in_script_and_command(genuine, tmp_path, bin_folder):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == str(tmp_path / "a")
     check(genuine, tmp_path / "a")
+    assert auto_trans.read_strategy(strategy / "merged_ckpt_strategy.ckpt").world_size == 8, "merged anew"
     again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert again.returncode == 1 and "is not an empty folder" in again.stderr
     missing = subprocess.run(list(map(str, command[:6])), capture_output=True, text=True)

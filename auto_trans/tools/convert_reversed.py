@@ -8,7 +8,8 @@ r"""Drop-in for MindFormers' ``convert_reversed.py``: merges distributed safeten
       --has_redundancy True
 
 ``--has_redundancy True`` says, as in MindFormers, that redundancy was *removed* from the weights; where the files' metadata
-tell otherwise, they are right. The last line printed is the folder of the merged weights.
+tell otherwise, they are right. In a strategy folder of several pipeline stages ``merged_ckpt_strategy.ckpt`` is written
+anew, as MindFormers does. The last line printed is the folder of the merged weights.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if __package__ in (None, ""):  # run by its path from a checkout
 
 from auto_trans.errors import AutoTransError
 from auto_trans.merge_safetensors import merge_safetensors
+from auto_trans.strategy_files import remerge_strategies
 from auto_trans.tools.transform_checkpoint import boolean
 
 __all__ = ["main"]
@@ -50,6 +52,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
+        remerge_strategies(arguments.src_strategy_dirs)
         report = merge_safetensors(
             arguments.mindspore_ckpt_dir, arguments.tmp_dir, arguments.src_strategy_dirs,
             file_suffix=arguments.file_suffix, redundancy_removed=arguments.has_redundancy,

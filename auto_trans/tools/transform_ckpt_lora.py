@@ -8,7 +8,7 @@ r"""Drop-in for MindFormers' ``transform_ckpt_lora.py``: merges LoRA weights int
       --lora_scaling lora_alpha/lora_rank
 
 The merged weights are in ``<dst_ckpt_dir>/rank_N/checkpoint_N.ckpt``; the last line printed is the ``load_checkpoint:`` to
-set. A strategy folder is merged anew in memory; a merged file that lies in it is neither used nor touched.
+set. In a strategy folder of several pipeline stages ``merged_ckpt_strategy.ckpt`` is written anew, as MindFormers does.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if __package__ in (None, ""):  # run by its path from a checkout
 
 from auto_trans.errors import AutoTransError
 from auto_trans.merge_lora import merge_lora
+from auto_trans.strategy_files import remerge_strategies
 
 __all__ = ["main"]
 
@@ -49,6 +50,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = parser.parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
     try:
+        remerge_strategies(arguments.src_ckpt_strategy)
         report = merge_lora(
             arguments.src_ckpt_path_or_dir, arguments.dst_ckpt_dir, arguments.src_ckpt_strategy,
             arguments.dst_ckpt_strategy, scaling=arguments.lora_scaling, prefix=arguments.prefix,
