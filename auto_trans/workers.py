@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
-from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, as_completed, wait
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
@@ -46,23 +48,19 @@ def run_with_workers(conversion: Conversion, processes: int, *, quiet: bool = Fa
     queue = context.SimpleQueue()
     total = sum(file.nbytes for file in conversion.todo())
     meter = Meter(total, f"converting {conversion.checkpoint.name}", quiet=quiet)
-    reports = []
-    with ProcessPoolExecutor(len(shares), mp_context=context, initializer=_start, initargs=(queue,)) as pool:
-        futures: dict[Future, Sequence[int]] = {pool.submit(_convert, _task(conversion, s)): s for s in shares}
+    with (
+        _draining(queue, meter),
+        ProcessPoolExecutor(len(shares), mp_context=context, initializer=_start, initargs=(queue,)) as pool,
+    ):
+        futures = [pool.submit(_convert, _task(conversion, share)) for share in shares]
         try:
-            while any(not future.done() for future in futures):
-                _drain(queue, meter)
-                _wait_a_moment(futures)
-            _drain(queue, meter)
-            reports = [future.result() for future in as_completed(futures)]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            reports = [future.result() for future in futures]
         except BrokenProcessPool as e:
             raise RankLostError(
                 "a worker process died, most likely killed for lack of memory or by a user; start the conversion again: "
                 "what is already complete is used again"
             ) from e
-        finally:
-            meter.close()
-            pool.shutdown(cancel_futures=True)
     conversion.manifest.finish()
     return _merge(reports)
 
@@ -107,15 +105,27 @@ def _convert(task: dict[str, Any]) -> ConversionReport:
     return Conversion(**task).run(quiet=True, listener=listener)
 
 
-def _drain(queue: Any, meter: Meter) -> None:
-    while not queue.empty():
-        meter(queue.get())
+@contextlib.contextmanager
+def _draining(queue: Any, meter: Meter) -> Iterator[None]:
+    """Shows the progress of the workers; a queue that nobody empties would stop them."""
+    stop = threading.Event()
 
+    def drain() -> None:
+        while True:
+            last = stop.wait(0.1)
+            while not queue.empty():
+                meter(queue.get())
+            if last:
+                return
 
-def _wait_a_moment(futures: Mapping[Future, Any]) -> None:
-    done, _ = wait(futures, timeout=0.1, return_when=FIRST_EXCEPTION)
-    for future in done:
-        future.result()
+    thread = threading.Thread(target=drain, name="auto_trans-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        meter.close()
 
 
 def _merge(reports: Sequence[ConversionReport]) -> ConversionReport:
