@@ -1,0 +1,175 @@
+"""Measures planning at scale, without tensors: a 405B-like model on up to thousands of ranks.
+
+    python benchmarks/plan_scale.py [--layers 126] [--ranks 64 512 4096 8192] [--json results.json]
+
+The model has 126 layers (about 1,100 parameters, with Adam moments 3,300). Each conversion goes from dp * 8 * 8 (data,
+tensor, pipeline parallelism) to half the data parallelism and twice the stages. Shown are time and memory of the whole plan,
+the time of one rank's plan, and what the busiest converter reads and writes by transform_process_num.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from auto_trans.coordination.election import elect
+from auto_trans.layout import Layout
+from auto_trans.plan import plan_conversion
+from auto_trans.resources import format_bytes
+from auto_trans.strategy import Strategy
+
+_HIDDEN, _FEED, _VOCABULARY, _KV = 16384, 53248, 128256, 1024
+_SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
+_PROCESSES = (1, 8, 64, 512)
+
+
+@dataclass(frozen=True)
+class Meta:
+    """A tensor that is nowhere stored."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """The shape."""
+        return self.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contents."""
+        return math.prod(self.shape) * (2 if self.dtype == "BFloat16" else 4)
+
+
+@dataclass
+class Index:
+    """What the files of a job would hold; no files are needed to plan."""
+
+    strategy: Strategy
+    shapes: Mapping[str, tuple[int, ...]]
+    _stages: dict[int, dict[str, Meta]] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """All ranks."""
+        return range(self.strategy.world_size)
+
+    def tensors(self, rank: int) -> Mapping[str, Meta]:
+        """The slices of a rank."""
+        stage = self.strategy.stage_of(rank)  # all ranks of a stage have slices of the same shape
+        if stage not in self._stages:
+            self._stages[stage] = {
+                name: Meta(
+                    self.strategy.layouts[name][stage].slice_shape(self.shapes[name]),
+                    "Float32" if name.startswith("adam") else "BFloat16",
+                )
+                for name in self.strategy.names(stage)
+            }
+        return self._stages[stage]
+
+    def describe(self, rank: int) -> str:
+        """A name."""
+        return f"rank_{rank}"
+
+
+def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all parameters, moments included."""
+    shapes: dict[str, tuple[int, ...]] = {"tok_embeddings.embedding_weight": (_VOCABULARY, _HIDDEN)}
+    for i in range(layers):
+        for name, shape in {
+            "wq": (_HIDDEN, _HIDDEN), "wk": (_KV, _HIDDEN), "wv": (_KV, _HIDDEN), "wo": (_HIDDEN, _HIDDEN),
+            "w1": (_FEED, _HIDDEN), "w2": (_HIDDEN, _FEED), "w3": (_FEED, _HIDDEN),
+            "attention_norm": (_HIDDEN,), "ffn_norm": (_HIDDEN,),
+        }.items():  # fmt: skip
+            shapes[f"layers.{i}.{name}.weight"] = shape
+    shapes["norm_out.weight"], shapes["lm_head.weight"] = (_HIDDEN,), (_VOCABULARY, _HIDDEN)
+    return {**shapes, **{f"adam_{m}.{n}": s for n, s in shapes.items() for m in "mv"}}
+
+
+def strategy_of(shapes: Mapping[str, tuple[int, ...]], layers: int, dp: int, mp: int, pp: int) -> Strategy:
+    """The strategy of a job with these parallelisms, data parallel replicas held whole."""
+    layouts: dict[str, dict[int, Layout]] = {}
+    for name, shape in shapes.items():
+        block = int(name.partition("layers.")[2].split(".")[0]) if "layers." in name else 0
+        stage = block * pp // layers if "layers." in name else (0 if "tok" in name else pp - 1)
+        sliced = _SLICED.get(name.split(".")[-2])
+        tensor_map = tuple((0,) if dim == sliced else () for dim in range(len(shape)))
+        layouts[name] = {stage: Layout((dp, mp), tensor_map, ndims=(len(shape),))}
+    return Strategy(pp, dp * mp, layouts, origin=f"dp{dp} mp{mp} pp{pp}", digest=f"{dp}-{mp}-{pp}")
+
+
+def measure(ranks: int, layers: int) -> dict[str, Any]:
+    """Plans one conversion in this process."""
+    shapes = shapes_of(layers)
+    stages = 8 if ranks >= 512 else 2
+    source = strategy_of(shapes, layers, ranks // 8 // stages, 8, stages)
+    target = strategy_of(shapes, layers, ranks // 16 // stages, 8, stages * 2)
+    before = _peak()
+    begin = time.perf_counter()
+    plan = plan_conversion(source, target, Index(source, shapes))
+    whole = time.perf_counter() - begin
+    memory = _peak() - before
+    begin = time.perf_counter()
+    plan_conversion(source, target, Index(source, shapes), [ranks // 2])
+    one = time.perf_counter() - begin
+    sizes = {rank: file.nbytes for file in plan.files for rank in file.ranks}
+    first = {rank: file.ranks[0] for file in plan.files for rank in file.ranks}
+    converters = {}
+    for number in (n for n in _PROCESSES if n <= ranks):
+        work = []
+        for assignment in elect(ranks, number):
+            distinct = {first[rank] for rank in assignment.slices}
+            work.append(sum(sizes[rank] for rank in distinct))
+        converters[number] = max(work)
+    return {
+        "source": source.origin, "target": target.origin, "ranks": ranks, "parameters": len(shapes), "seconds": whole,
+        "one_rank_seconds": one, "memory": memory, "distinct_files": len(plan.files), "bytes": plan.nbytes,
+        "largest_share": converters,
+    }  # fmt: skip
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    """Measures every size in a process of its own, and shows a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=126)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[64, 512, 4096, 8192])
+    parser.add_argument("--json", type=Path, default=None, help="also write the results there")
+    parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(arguments.child, arguments.layers)))
+        return
+    print(
+        f"{'ranks':>6}  {'from':<15} {'to':<16} {'plan s':>7} {'one rank s':>11} {'memory MiB':>11} {'distinct files':>15}"
+    )
+    results = []
+    for ranks in arguments.ranks:
+        command = [sys.executable, __file__, "--layers", str(arguments.layers), "--child", str(ranks)]
+        r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        results.append(r)
+        print(
+            f"{r['ranks']:>6}  {r['source']:<15} {r['target']:<16} {r['seconds']:>7.2f} {r['one_rank_seconds']:>11.2f} "
+            f"{r['memory'] / 2**20:>11.0f} {r['distinct_files']:>15}"
+        )
+    print(f"\nwhat the busiest converter reads and writes\n{'ranks':>6}  " + "".join(f"{n:>14}" for n in _PROCESSES))
+    for r in results:
+        print(f"{r['ranks']:>6}  " + "".join(f"{format_bytes(n):>14}" for n in r["largest_share"].values()))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
