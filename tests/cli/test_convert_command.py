@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +10,7 @@ import time
 
 import numpy as np
 import oracle
+import psutil
 import pytest
 
 from auto_trans.checkpoint.manifest import MANIFEST_NAME
@@ -79,10 +79,8 @@ def test_dead_worker_fails_the_whole_and_the_rest_is_resumed(auto_trans, bin_fol
     while not list(tmp_path.glob("out/.auto_trans_records/*.json")):
         assert process.poll() is None
         time.sleep(0.002)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[0]), signal.SIGKILL)
+    workers = [p for p in psutil.Process(process.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    workers[0].kill()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "a worker process died" in stderr and "Traceback" not in stderr
