@@ -201,7 +201,8 @@ class _Planner:
         """Every parameter that the source holds -> a rank that holds it, in file order.
 
         The ranks of a stage hold the same parameters, so one file of a stage tells them. With redundancy removed it
-        does not: what the strategy lists and this file lacks is looked for in the files that own its first slice.
+        does not: what the strategy lists and this file lacks is looked for in the files that own its first slice, and
+        where that finds something, what no strategy lists may lie with any rank.
         """
         names: dict[str, int] = {}
         elsewhere: dict[str, int] = {}
@@ -217,6 +218,7 @@ class _Planner:
             for name in self._index.tensors(members[0]):
                 stages = self._source.stages_of(name)
                 (names if not stages or stage in stages else elsewhere).setdefault(name, members[0])
+            spread = False
             for name in self._source.names(stage):
                 layout = None if name in names or name in self._source.refused else self._source.layout(name, stage)
                 if layout is not None:
@@ -224,7 +226,12 @@ class _Planner:
                         owner = self._holder(name, stage, layout, cell)
                         if owner is not None:
                             names[name] = owner
+                            spread = True
                             break
+            for rank in members[1:] if spread else ():
+                for name in self._index.tensors(rank):
+                    if not self._source.lists(name):
+                        names.setdefault(name, rank)
         for name in elsewhere.keys() - names.keys():
             raise MissingSliceError(
                 f"parameter {name} is in {self._index.describe(elsewhere[name])}, but the strategy "
@@ -299,9 +306,11 @@ class _Planner:
             devices = self._source.stage_devices
             for name in self._carried:
                 first = self._names[name]
-                members = [rank for rank in self._index.ranks if rank // devices == first // devices]
-                if math.prod(self._meta(first, name).shape) > 1 and members[-1] != first:
-                    pairs[name] = (first, members[-1])
+                if math.prod(self._meta(first, name).shape) > 1:
+                    members = (rank for rank in reversed(self._index.ranks) if rank // devices == first // devices)
+                    last = next(rank for rank in members if name in self._index.tensors(rank))
+                    if last != first:
+                        pairs[name] = (first, last)
         return pairs
 
     # target files

@@ -210,7 +210,9 @@ def test_wrong_usage_is_code_2(auto_trans):
     auto_trans("convert", "a", "b", "--format", "npz", code=2)
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "verify", "merge-strategy", "doctor"])
+@pytest.mark.parametrize(
+    "command", ["convert", "inspect", "verify", "merge-strategy", "merge-lora", "merge-safetensors", "doctor"]
+)
 def test_help_has_examples(auto_trans, command):
     out = auto_trans(command, "--help").stdout
     assert "examples:" in out and f"auto-trans {command}" in out

@@ -174,6 +174,14 @@ def test_parameter_removed_from_some_ranks_is_found_on_others():
     assert made[1]["v"].tolist() == [12, 13]
 
 
+def test_unlisted_parameter_removed_from_some_ranks_is_found_too():
+    a, b = strategy({"w": DP2, "v": DP2}), strategy({"w": MP2, "v": MP2})
+    index = Index({0: {"w": np.arange(4)}, 1: {"v": np.arange(4), "scale": np.array([3]), "rates": np.arange(5)}})
+    plan = plan_conversion(a, b, index)
+    assert plan.carried == ("scale", "rates") and plan.replicated == {}
+    assert run(plan, index)[0]["rates"].tolist() == [0, 1, 2, 3, 4]
+
+
 def test_parameter_missing_from_all_owners_of_a_slice_is_an_error_not_zeros():
     a, b = strategy({"w": MP2, "v": MP2}), strategy({"w": DP2, "v": DP2})
     index = Index({0: {"w": np.arange(2), "v": np.arange(2)}, 1: {"w": np.arange(2)}})

@@ -7,10 +7,14 @@ import re
 import shutil
 import subprocess
 
+import numpy as np
 import oracle
 import pytest
+import safetensors.numpy
+from compile_stand_in import write_strategy_files
 
 from auto_trans.hooks.transform import REPORT_NAME
+from auto_trans.merge_safetensors import merge_safetensors
 
 pytestmark = pytest.mark.trainer
 
@@ -98,6 +102,30 @@ def test_strategy_is_saved_first_and_weights_are_converted_offline(llama, bin_fo
         expected = oracle.read_raw(saved)
         got = oracle.read_raw(tmp_path / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
         assert got == expected
+
+
+MONITOR = "{type: CheckpointMonitor, prefix: tiny, save_checkpoint_steps: 4, integrated_save: False, async_save: False"
+
+
+def test_weights_that_checkpoint_monitor_removed_redundancy_from_are_merged(llama, tmp_path):
+    """Four ranks save safetensors with remove_redundancy: every parameter lies with one of them only."""
+    monitor = (
+        f"callbacks=[{{type: MFLossMonitor}}, {MONITOR}, checkpoint_format: safetensors, remove_redundancy: True}}]"
+    )
+    run = llama.train("removed", monitor, ranks=4)
+    assert run.code == 0, run.logs[0][-3000:]
+    saved = llama.folder / "removed" / "checkpoint"
+    files = [safetensors.numpy.load_file(saved / f"rank_{r}" / f"tiny_rank_{r}-1_4.safetensors") for r in range(4)]
+    union = {name: array for file in files for name, array in file.items()}
+    assert all(len(file) < len(union) / 2 for file in files)
+    weights = [(name, array.ndim) for name, array in union.items() if array.size > 1]
+    write_strategy_files(tmp_path / "strategy", weights, 4, 1)
+    merge_safetensors(saved, tmp_path / "out", tmp_path / "strategy", file_suffix="1_4", redundancy_removed=True)
+    merged = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        merged.update(safetensors.numpy.load_file(file))
+    assert merged.keys() == union.keys()
+    assert all(np.array_equal(merged[name], array) for name, array in union.items())
 
 
 def test_bad_source_is_told_on_every_rank_before_anything_is_built(llama, tmp_path):
