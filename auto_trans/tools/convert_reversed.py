@@ -15,7 +15,6 @@ anew, as MindFormers does. The last line printed is the folder of the merged wei
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +23,9 @@ from typing import Optional
 if __package__ in (None, ""):  # run by its path from a checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from auto_trans.errors import AutoTransError
 from auto_trans.merge_safetensors import merge_safetensors
 from auto_trans.strategy_files import remerge_strategies
-from auto_trans.tools.transform_checkpoint import boolean
+from auto_trans.tools.script import boolean, run_script, script_parser
 
 __all__ = ["main"]
 
@@ -38,9 +36,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed.
     """
-    parser = argparse.ArgumentParser(
-        prog="convert_reversed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser("convert_reversed.py", __doc__)
     add = parser.add_argument
     add("--src_strategy_dirs", required=True, help="strategy file, merged file or folder of the source")
     add("--mindspore_ckpt_dir", required=True, help="folder of the rank_x folders")
@@ -50,19 +46,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--filter_out_param_prefix", nargs="*", default=[], help="leave out parameters that begin so")
     add("--max_shard_size", default="5GB", help="largest size of a file (default: 5GB)")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    try:
-        remerge_strategies(arguments.src_strategy_dirs)
-        report = merge_safetensors(
-            arguments.mindspore_ckpt_dir, arguments.tmp_dir, arguments.src_strategy_dirs,
-            file_suffix=arguments.file_suffix, redundancy_removed=arguments.has_redundancy,
-            max_shard_size=arguments.max_shard_size, filter_out_param_prefix=arguments.filter_out_param_prefix, quiet=False,
-        )  # fmt: skip
-    except AutoTransError as e:
-        sys.stderr.write(f"convert_reversed: error: {e}\n")
-        return 1
-    print(report.target.absolute())
-    return 0
+    return run_script("convert_reversed", lambda: str(_merge(arguments)))
+
+
+def _merge(arguments: argparse.Namespace) -> Path:
+    remerge_strategies(arguments.src_strategy_dirs)
+    report = merge_safetensors(
+        arguments.mindspore_ckpt_dir, arguments.tmp_dir, arguments.src_strategy_dirs, file_suffix=arguments.file_suffix,
+        redundancy_removed=arguments.has_redundancy, max_shard_size=arguments.max_shard_size,
+        filter_out_param_prefix=arguments.filter_out_param_prefix, quiet=False,
+    )  # fmt: skip
+    return report.target.absolute()
 
 
 if __name__ == "__main__":

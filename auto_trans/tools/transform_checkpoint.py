@@ -13,7 +13,6 @@ process for each, as ``transform_checkpoint.sh`` does.
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,12 +23,13 @@ if __package__ in (None, ""):  # run by its path from a checkout
 
 from auto_trans.conversion import Conversion, run_conversion
 from auto_trans.coordination.election import elect
-from auto_trans.errors import AutoTransError, ConfigError
+from auto_trans.errors import ConfigError
 from auto_trans.log import logger
 from auto_trans.source import as_strategy, find_source
 from auto_trans.strategy import Strategy
+from auto_trans.tools.script import boolean, run_script, script_parser
 
-__all__ = ["boolean", "main"]
+__all__ = ["main"]
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -39,19 +39,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         The exit code: 0 done, 1 failed.
     """
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    try:
-        print(f"load_checkpoint: {_transform(arguments)}")
-    except AutoTransError as e:
-        sys.stderr.write(f"transform_checkpoint: error: {e}\n")
-        return 1
-    return 0
+    return run_script("transform_checkpoint", lambda: f"load_checkpoint: {_transform(arguments)}")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="transform_checkpoint.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser("transform_checkpoint.py", __doc__)
     add = parser.add_argument
     add("--src_checkpoint", required=True, help="complete file, or folder of rank_x folders, of the source")
     add("--dst_checkpoint_dir", "--dst_checkpoint", required=True, help="folder of the target")
@@ -63,13 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--transform_process_num", type=int, default=1, help="number of processes (default: 1)")
     add("--transform_by_rank", type=boolean, default=False, metavar="BOOL", help="accepted; makes no difference here")
     return parser
-
-
-def boolean(text: str) -> bool:
-    """``True`` or ``False`` as a real boolean, for argparse."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be True or False, not {text!r}")
-    return text.lower() == "true"
 
 
 def _transform(arguments: argparse.Namespace) -> Path:

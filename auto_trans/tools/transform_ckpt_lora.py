@@ -14,7 +14,6 @@ set. In a strategy folder of several pipeline stages ``merged_ckpt_strategy.ckpt
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +22,9 @@ from typing import Optional
 if __package__ in (None, ""):  # run by its path from a checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from auto_trans.errors import AutoTransError
 from auto_trans.merge_lora import merge_lora
 from auto_trans.strategy_files import remerge_strategies
+from auto_trans.tools.script import run_script, script_parser
 
 __all__ = ["main"]
 
@@ -36,9 +35,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         The exit code: 0 done, 1 failed.
     """
-    parser = argparse.ArgumentParser(
-        prog="transform_ckpt_lora.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = script_parser("transform_ckpt_lora.py", __doc__)
     add = parser.add_argument
     add("--src_ckpt_strategy", default="", help="strategy file or folder of the source (none: it is complete)")
     add("--dst_ckpt_strategy", default="", help="strategy file or folder of the target (none: one complete file)")
@@ -48,20 +45,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--lora_scaling", default="1", help="lora_alpha/lora_rank, as a number or as 16/8 (default: 1)")
     add("--save_format", default="ckpt", choices=["ckpt", "safetensors"], help="format of the target (default: ckpt)")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    try:
-        remerge_strategies(arguments.src_ckpt_strategy)
-        report = merge_lora(
-            arguments.src_ckpt_path_or_dir, arguments.dst_ckpt_dir, arguments.src_ckpt_strategy,
-            arguments.dst_ckpt_strategy, scaling=arguments.lora_scaling, prefix=arguments.prefix,
-            format=arguments.save_format, quiet=False,
-        )  # fmt: skip
-    except AutoTransError as e:
-        sys.stderr.write(f"transform_ckpt_lora: error: {e}\n")
-        return 1
+    return run_script("transform_ckpt_lora", lambda: f"load_checkpoint: {_merge(arguments)}")
+
+
+def _merge(arguments: argparse.Namespace) -> Path:
+    remerge_strategies(arguments.src_ckpt_strategy)
+    report = merge_lora(
+        arguments.src_ckpt_path_or_dir, arguments.dst_ckpt_dir, arguments.src_ckpt_strategy, arguments.dst_ckpt_strategy,
+        scaling=arguments.lora_scaling, prefix=arguments.prefix, format=arguments.save_format, quiet=False,
+    )  # fmt: skip
     single = len(report.files) == 1
-    print(f"load_checkpoint: {Path(arguments.dst_ckpt_dir).absolute() / (report.files[0].file if single else '')}")
-    return 0
+    return Path(arguments.dst_ckpt_dir).absolute() / (report.files[0].file if single else "")
 
 
 if __name__ == "__main__":
