@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import binascii
 import math
 import os
 import tempfile
@@ -12,6 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Optional
 
+from auto_trans.checkpoint.ckpt import compute_crc
 from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints
 from auto_trans.checkpoint.formats import scan
 from auto_trans.checkpoint.index import CheckpointIndex
@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 _SAMPLE_BYTES = 32 * 1024 * 1024
-_CRC_BYTES = 17
 
 
 def read_path(path: Path) -> Strategy | list[SourceCheckpoint]:
@@ -206,12 +205,7 @@ def _crc_state(index: CheckpointIndex, *, check: bool) -> str:
         return "none"
     if not check or index.path.suffix != ".ckpt":
         return "present"
-    crc, rest = 0, index.size - _CRC_BYTES
-    with open(index.path, "rb") as f:
-        while rest and (part := f.read(min(rest, _SAMPLE_BYTES))):
-            crc = binascii.crc32(part, crc)
-            rest -= len(part)
-    return "right" if crc == index.crc else "wrong"
+    return "right" if compute_crc(index) == index.crc else "wrong"
 
 
 def differences(a: Strategy, b: Strategy, pattern: str = "*") -> list[dict[str, str]]:

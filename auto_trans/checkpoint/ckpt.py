@@ -13,6 +13,7 @@ skips the contents; a file of any size is scanned in milliseconds.
 
 from __future__ import annotations
 
+import binascii
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -27,10 +28,11 @@ from auto_trans.errors import (
 )
 from auto_trans.layout import Shape
 
-__all__ = ["CHUNK_BYTES", "encode", "scan"]
+__all__ = ["CHUNK_BYTES", "compute_crc", "encode", "scan"]
 
 CHUNK_BYTES = 512 * 1024 * 1024
 
+_READ_BYTES = 4 * 1024 * 1024
 _CRC_MARK, _CRC_BYTES = b"crc_num", 17
 # First bytes of an encrypted block: AES-GCM, AES-CBC, SM4-CBC.
 _ENCRYPTED = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")
@@ -60,6 +62,16 @@ def scan(path: Path) -> CheckpointIndex:
         return CheckpointIndex(path, _scan_values(_Cursor(fd, path, end), path), stat.st_size, stat.st_mtime_ns, crc)
     finally:
         os.close(fd)
+
+
+def compute_crc(index: CheckpointIndex) -> int:
+    """The crc32 that the trailer of a file with ``crc_check`` should hold; reads the whole file."""
+    crc, rest = 0, index.size - _CRC_BYTES
+    with open(index.path, "rb") as f:
+        while rest and (part := f.read(min(rest, _READ_BYTES))):
+            crc = binascii.crc32(part, crc)
+            rest -= len(part)
+    return crc
 
 
 class _Cursor:

@@ -80,6 +80,7 @@ def parse_ranks(text: Optional[str]) -> Optional[list[int]]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from auto_trans.config import parse_memory
     from auto_trans.conversion import Conversion, run_conversion
     from auto_trans.source import as_strategy, find_source
     from auto_trans.workers import run_with_workers
@@ -90,7 +91,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for checkpoint in found:
         conversion = Conversion(
             checkpoint, Path(arguments.dst) / (checkpoint.name if len(found) > 1 else ""), source, target,
-            prefix=arguments.prefix, ranks=parse_ranks(arguments.ranks), memory_limit=_memory(arguments.memory),
+            prefix=arguments.prefix, ranks=parse_ranks(arguments.ranks), memory_limit=parse_memory(arguments.memory),
             format=arguments.format, reuse=not arguments.no_reuse,
         )  # fmt: skip
         if arguments.dry_run:
@@ -101,18 +102,12 @@ def _run(arguments: argparse.Namespace) -> int:
         else:
             report = run_conversion(conversion, arguments.engine, quiet=arguments.quiet)
         if arguments.json:
-            print_json({**_facts(report), "bytes_written": report.bytes_written, "seconds": report.seconds})
+            print_json(_facts(report))
         else:
             print(report)
         if arguments.verify:
             failed |= not _verify(conversion, source, target)
     return 1 if failed else 0
-
-
-def _memory(text: Optional[str]) -> int:
-    from auto_trans.config import parse_memory
-
-    return parse_memory(text)
 
 
 def _facts(report: Any) -> dict[str, Any]:
@@ -123,6 +118,8 @@ def _facts(report: Any) -> dict[str, Any]:
         "converted": report.converted,
         "linked": report.linked,
         "reused": report.reused,
+        "bytes_written": report.bytes_written,
+        "seconds": report.seconds,
         "carried": report.carried,
         "absent": report.absent,
         "dropped": report.dropped,

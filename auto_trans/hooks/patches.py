@@ -12,7 +12,7 @@ from typing import Any, Callable
 from auto_trans.hooks import finder
 from auto_trans.log import logger
 
-__all__ = ["KNOWN_VERSIONS", "install", "is_active", "patch"]
+__all__ = ["KNOWN_VERSIONS", "install", "patch"]
 
 # The versions whose load path was read: the signatures are the same. The clearing function moved from tools/utils to
 # utils/file_utils in 1.8; from 1.9 the path of the weights is config.checkpoint.load_path.
@@ -34,12 +34,6 @@ def install() -> None:
         module = sys.modules.get(name)
         if module is not None:
             patch(module)
-
-
-def is_active() -> bool:
-    """Whether MindFormers' load path in this process is ours."""
-    module = sys.modules.get("mindformers.trainer.utils")
-    return hasattr(getattr(module, "transform_and_load_checkpoint", None), _MARK)
 
 
 def patch(module: ModuleType) -> None:
