@@ -5,22 +5,25 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
 
 import xxhash
 
-from auto_trans.checkpoint.files import SourceCheckpoint, rank_file
+from auto_trans.checkpoint.files import SourceCheckpoint
 from auto_trans.checkpoint.formats import encoded_size, parse_format
 from auto_trans.checkpoint.index import content_digest
-from auto_trans.checkpoint.manifest import FileRecord, Manifest
-from auto_trans.checkpoint.publish import replicate
+from auto_trans.checkpoint.manifest import FileRecord
+from auto_trans.checkpoint.publish import Publisher
+from auto_trans.checkpoint.target import TargetFolder
 from auto_trans.config import DEFAULT_MEMORY, parse_engine, parse_memory
-from auto_trans.errors import ConfigError, OutputExistsError, PlanError
+from auto_trans.errors import ConfigError, PlanError
 from auto_trans.execute import DEFAULT_BUFFER_BYTES, Adapt, Executor
 from auto_trans.log import logger
 from auto_trans.plan import ConversionPlan, FilePlan, plan_conversion
@@ -112,7 +115,7 @@ class Conversion:
         self._index = ScannedSource(checkpoint, exclude)
         self._variant = variant
         self.plan: ConversionPlan = plan_conversion(source, target, self._index, ranks)
-        self.manifest = Manifest(dst, self._inputs_digest(), target.world_size)
+        self.folder = TargetFolder(dst, prefix, self.format, self._inputs_digest(), target.world_size, reuse=reuse)
 
     @property
     def ranks(self) -> list[int]:
@@ -125,11 +128,7 @@ class Conversion:
 
     def todo(self) -> list[FilePlan]:
         """The files that are not there yet for any of their ranks."""
-        return [file for file in self.plan.files if not any(self._done(rank) for rank in file.ranks)]
-
-    def path(self, rank: int) -> Path:
-        """Where the file of a target rank goes."""
-        return rank_file(self.dst, self.prefix, rank, self.format.suffix)
+        return [file for file in self.plan.files if not any(self.folder.done(rank) for rank in file.ranks)]
 
     def check(self, neighbours: int = 1, converters: int = 1) -> None:
         """Checks all that can be checked before any work.
@@ -145,12 +144,7 @@ class Conversion:
             PlanError: A parameter without layout differs between source ranks.
         """
         for rank in self.ranks:
-            foreign = self.manifest.foreign(rank)
-            if foreign is not None:
-                raise OutputExistsError(
-                    f"{foreign} is there already and was not made by this conversion; it is not overwritten: give another "
-                    f"target folder, or remove it"
-                )
+            self.folder.check_not_foreign(rank)
         check_memory(self.memory_limit, neighbours)
         check_disk(self.dst, converters * sum(self.file_size(file) for file in self.todo()))
         for name, ranks in self.plan.replicated.items():
@@ -184,41 +178,37 @@ class Conversion:
         )
         converted: list[int] = []
         linked: list[int] = []
-        reused: list[int] = []
-        written = 0
+        reused: list[FileRecord] = []
         sources = {rank: self._index.file(rank) for rank in self.plan.source_ranks}
         buffer_bytes = min(DEFAULT_BUFFER_BYTES, self.memory_limit // 2)
-        records: dict[int, FileRecord] = {}
         try:
-            with Executor(sources, buffer_bytes, meter, adapt) as executor:
+            with (
+                Executor(sources, buffer_bytes, meter, adapt) as executor,
+                Publisher[list[FileRecord]]() as publisher,
+            ):
                 for file in self.plan.files:
-                    there = {rank: record for rank in file.ranks if (record := self._done(rank))}
+                    there = [record for rank in file.ranks if (record := self.folder.done(rank))]
                     reused += there
+                    missing = [rank for rank in file.ranks if rank not in {record.rank for record in there}]
                     if not there:
-                        first = file.ranks[0]
-                        path = self.path(first)
-                        there[first] = self.manifest.add(first, path, executor.write(file, path, self.format))
-                        converted.append(first)
-                        written += there[first].size
-                    records.update(there)
-                    original = next(iter(there.values()))
-                    for rank in file.ranks:
-                        if rank not in there:
-                            path = self.path(rank)
-                            replicate(self.dst / original.file, path)
-                            records[rank] = self.manifest.add(rank, path, original.xxh3_128)
-                            linked.append(rank)
+                        out = executor.write(file, self.folder.file(missing[0]), self.format)
+                        publisher.submit(partial(self.folder.publish, out, tuple(missing)))
+                        converted.append(missing.pop(0))
+                    elif missing:
+                        publisher.submit(partial(self.folder.replicate, there[0], missing))
+                    linked += missing
         finally:
             meter.close()
-        self.manifest.finish()
+        self.folder.manifest.finish()
+        records = {record.rank: record for record in itertools.chain(reused, *publisher.results)}
         return ConversionReport(
             source=self.checkpoint.path,
             target=self.dst,
             files=tuple(records[rank] for rank in sorted(records)),
             converted=tuple(converted),
             linked=tuple(sorted(linked)),
-            reused=tuple(sorted(reused)),
-            bytes_written=written,
+            reused=tuple(sorted(record.rank for record in reused)),
+            bytes_written=sum(records[rank].size for rank in converted),
             seconds=time.monotonic() - begin,
             carried=self.plan.carried,
             absent=self.plan.absent,
@@ -234,9 +224,6 @@ class Conversion:
             logger.warning("not in the source, the model keeps its initial values: %s", _names(plan.absent))
         if plan.dropped:
             logger.warning("optimizer state dropped, the target has no optimizer: %s", _names(plan.dropped))
-
-    def _done(self, rank: int) -> Optional[FileRecord]:
-        return self.manifest.done(rank) if self.reuse else None
 
     def _inputs_digest(self) -> str:
         sources = []

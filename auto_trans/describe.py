@@ -84,7 +84,7 @@ def describe_plan(conversion: Conversion, *, measure: bool = True) -> dict[str, 
         "files": [
             {
                 "ranks": list(file.ranks),
-                "file": str(conversion.path(file.ranks[0])),
+                "file": str(conversion.folder.file(file.ranks[0])),
                 "bytes": conversion.file_size(file),
                 "source_ranks": sorted({copy.rank for tensor in file.tensors for copy in tensor.copies}),
                 "reused": file not in todo,

@@ -1,6 +1,6 @@
 """Runs a plan: the bytes of every target tensor are gathered from the source files and written in file order.
 
-Target files are written strictly sequentially, so that each is hashed, chunked and synced in one pass. The source is
+Target files are written strictly sequentially, so that each is hashed and chunked in one pass. The source is
 mapped, never read as a whole: where a part of the target is one run of source bytes it goes straight from the mapping to
 the file, else numpy gathers it into one buffer that is used again and again. The buffer is all the memory that a
 conversion needs, whatever the checkpoint's size; mapped pages are page cache and can be reclaimed at any time.
@@ -19,7 +19,7 @@ import numpy as np
 
 from auto_trans.checkpoint.formats import Format
 from auto_trans.checkpoint.index import CheckpointIndex, Record, StoredTensor
-from auto_trans.checkpoint.publish import DigestWriter, new_file
+from auto_trans.checkpoint.publish import NewFile
 from auto_trans.errors import SourceChangedError
 from auto_trans.layout import Box, Shape, split_box
 from auto_trans.plan import FilePlan, TensorPlan
@@ -63,22 +63,20 @@ class Executor:
     def __exit__(self, *exc: object) -> None:
         self._maps.clear()
 
-    def write(self, plan: FilePlan, path: Path, format: Format) -> str:
-        """Writes a target file; it appears under its name once it is complete.
+    def write(self, plan: FilePlan, path: Path, format: Format) -> NewFile:
+        """Writes a target file; it is complete, but has still to be synced and published.
 
         Args:
             plan: Its contents.
             path: Where it goes.
             format: How it is written.
 
-        Returns:
-            The digest of the file.
-
         Raises:
             SourceChangedError: A source file was written to since it was scanned.
             OutputError: The file cannot be written.
         """
-        with new_file(path) as out:
+        out = NewFile(path)
+        try:
             for tensor, records in format.encode(plan.tensors):
                 writer = _RecordWriter(out, tensor, records)
                 for box, part in self.parts(tensor):
@@ -86,7 +84,10 @@ class Executor:
                     self._progress(part.nbytes)
                 writer.close()
             self._check_unchanged({copy.rank for tensor in plan.tensors for copy in tensor.copies})
-        return out.digest
+        except BaseException:
+            out.discard()
+            raise
+        return out
 
     def parts(self, tensor: TensorPlan) -> Iterator[tuple[Box, memoryview]]:
         """The contents of a tensor in order, in parts that fit the buffer; each is overwritten by the next.
@@ -167,7 +168,7 @@ class Executor:
 class _RecordWriter:
     """Writes the contents of a tensor as records of a file format."""
 
-    def __init__(self, out: DigestWriter, tensor: TensorPlan, records: list[Record]) -> None:
+    def __init__(self, out: NewFile, tensor: TensorPlan, records: list[Record]) -> None:
         self._out, self._tensor = out, tensor
         self._records = iter(records)
         self._room = 0

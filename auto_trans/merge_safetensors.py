@@ -15,7 +15,7 @@ from typing import Optional, Union
 
 from auto_trans.checkpoint.formats import FORMATS, encoded_size
 from auto_trans.checkpoint.index import content_digest
-from auto_trans.checkpoint.publish import write_json
+from auto_trans.checkpoint.publish import Publisher, write_json
 from auto_trans.config import parse_memory
 from auto_trans.errors import ConfigError, OutputExistsError, PlanError
 from auto_trans.execute import DEFAULT_BUFFER_BYTES, Executor
@@ -125,9 +125,13 @@ def merge_safetensors(
         _check_replicas(index, source, [t for t in tensors if t.name not in carried])
     meter = Meter(sum(t.nbytes for t in tensors), f"merging {found[0].name}", quiet=quiet)
     try:
-        with Executor(sources, min(DEFAULT_BUFFER_BYTES, limit // 2), meter) as executor:
+        with (
+            Executor(sources, min(DEFAULT_BUFFER_BYTES, limit // 2), meter) as executor,
+            Publisher[None]() as publisher,
+        ):
             for name, shard in files.items():
-                executor.write(FilePlan((0,), tuple(shard)), folder / name, FORMATS["safetensors"])
+                out = executor.write(FilePlan((0,), tuple(shard)), folder / name, FORMATS["safetensors"])
+                publisher.submit(out.publish)
     finally:
         meter.close()
     total = sum(t.nbytes for shard in shards for t in shard)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 from auto_trans.checkpoint.files import rank_file
-from auto_trans.checkpoint.publish import new_file
+from auto_trans.checkpoint.manifest import FileRecord
+from auto_trans.checkpoint.publish import NewFile
 from auto_trans.errors import ConfigError
 from auto_trans.strategy import Strategy
 from auto_trans.strategy_files import MERGED_NAME, merge_strategies
@@ -44,29 +45,25 @@ def run_mindspore(conversion: Conversion, *, by_rank: bool) -> ConversionReport:
         raise ConfigError("the mindspore engine converts .ckpt to .ckpt only; use engine native for safetensors")
     begin = time.monotonic()
     conversion.dst.mkdir(parents=True, exist_ok=True)
-    records, reused, written = {}, [], []
+    folder = conversion.folder
+    written: list[FileRecord] = []
     with tempfile.TemporaryDirectory(prefix=".auto_trans_mindspore_", dir=conversion.dst) as scratch:
-        todo = [rank for rank in conversion.ranks if not conversion.manifest.done(rank)]
+        reused = [record for rank in conversion.ranks if (record := folder.done(rank))]
+        todo = [rank for rank in conversion.ranks if rank not in {record.rank for record in reused}]
         made = _transform(conversion, todo, Path(scratch), by_rank) if todo else {}
-        for rank in conversion.ranks:
-            record = conversion.manifest.done(rank)
-            if record is None:
-                path = rank_file(conversion.dst, conversion.prefix, rank)
-                with open(made[rank], "rb") as source, new_file(path) as out:
-                    while part := source.read(_COPY_BYTES):
-                        out.write(part)
-                record = conversion.manifest.add(rank, path, out.digest)
-                written.append(record)
-            else:
-                reused.append(rank)
-            records[rank] = record
-    conversion.manifest.finish()
+        for rank in todo:
+            out = NewFile(folder.file(rank))
+            with open(made[rank], "rb") as source:
+                while part := source.read(_COPY_BYTES):
+                    out.write(part)
+            written += folder.publish(out, [rank])
+    folder.manifest.finish()
     return ConversionReport(
         source=conversion.checkpoint.path,
         target=conversion.dst,
-        files=tuple(records.values()),
+        files=tuple(sorted(reused + written, key=lambda record: record.rank)),
         converted=tuple(record.rank for record in written),
-        reused=tuple(reused),
+        reused=tuple(record.rank for record in reused),
         bytes_written=sum(record.size for record in written),
         seconds=time.monotonic() - begin,
         carried=conversion.plan.carried,

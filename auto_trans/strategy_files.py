@@ -83,7 +83,7 @@ def merge_strategies(folder: PathLike, output: PathLike | None = None) -> Path:
     read_strategy(folder)
     merged, seen = ParallelStrategyMap(current_stage=1), set()
     for file in _rank_files(folder).values():
-        message = _parse(file)
+        message = _message(file, _read_bytes(file))
         stage = _stage_of_items(message, file)
         if stage in seen:
             continue
@@ -133,16 +133,17 @@ def _read_folder(folder: Path) -> tuple[list[_StageFile], str]:
             f"that saved the weights"
         )
     # All ranks of a stage write the same bytes, so a large job has few distinct files to parse.
-    by_digest: dict[str, tuple[_StageFile, Path]] = {}
+    by_digest: dict[str, _StageFile] = {}
     by_stage: dict[int, tuple[_StageFile, Path]] = {}
     for rank, file in files.items():
-        digest = xxhash.xxh3_128_hexdigest(file.read_bytes())
+        content = _read_bytes(file)
+        digest = xxhash.xxh3_128_hexdigest(content)
         if digest not in by_digest:
-            stages, _ = _read_file(file)
+            stages = _parse(file, content)
             if len(stages) > 1:
                 raise StrategyError(f"{file} is a merged strategy file under a per-rank name; rename or remove it")
-            by_digest[digest] = (stages[0], file)
-        part = by_digest[digest][0]
+            by_digest[digest] = stages[0]
+        part = by_digest[digest]
         first, first_file = by_stage.setdefault(part.stage, (part, file))
         if first != part:
             raise StrategyError(
@@ -160,7 +161,20 @@ def _read_folder(folder: Path) -> tuple[list[_StageFile], str]:
 
 
 def _read_file(file: Path) -> tuple[list[_StageFile], str]:
-    message = _parse(file)
+    content = _read_bytes(file)
+    return _parse(file, content), xxhash.xxh3_128_hexdigest(content)
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as e:
+        raise StrategyError(f"strategy file {file} cannot be read: {e}") from e
+
+
+def _parse(file: Path, content: bytes) -> list[_StageFile]:
+    """What a strategy file tells, by stage."""
+    message = _message(file, content)
     layouts: dict[int, _StageFile] = {}
     merged = bool(message.parallel_layout_item) and all(
         _STAGE_PREFIX.match(item.param_name) for item in message.parallel_layout_item
@@ -181,7 +195,7 @@ def _read_file(file: Path) -> tuple[list[_StageFile], str]:
             f"{file} holds no parameter layouts: it is no strategy file (is it a checkpoint?), or the job that wrote it "
             f"was not parallel"
         )
-    return [layouts[stage] for stage in sorted(layouts)], xxhash.xxh3_128_hexdigest(message.SerializeToString())
+    return [layouts[stage] for stage in sorted(layouts)]
 
 
 def _assemble(stages: list[_StageFile], origin: str, digest: str) -> Strategy:
@@ -251,11 +265,7 @@ def _stage_of_items(message: Any, file: Path) -> int:
     return stages.pop() if stages else 0
 
 
-def _parse(file: Path) -> Any:
-    try:
-        content = file.read_bytes()
-    except OSError as e:
-        raise StrategyError(f"strategy file {file} cannot be read: {e}") from e
+def _message(file: Path, content: bytes) -> Any:
     try:
         if file.suffix == ".json":
             return _from_json(json.loads(content))

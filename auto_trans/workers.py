@@ -61,7 +61,7 @@ def run_with_workers(conversion: Conversion, processes: int, *, quiet: bool = Fa
                 "a worker process died, most likely killed for lack of memory or by a user; start the conversion again: "
                 "what is already complete is used again"
             ) from e
-    conversion.manifest.finish()
+    conversion.folder.manifest.finish()
     return _merge(reports)
 
 

@@ -1,174 +1,172 @@
-"""Measures auto_trans against ``mindspore.transform_checkpoints`` and ``cp``, side by side in one run.
+"""Conversion against ``mindspore.transform_checkpoints`` and against ``cp``, side by side in one run.
 
-    python benchmarks/compare.py [--gigabytes 1] [--runs 3] [--folder /tmp/x] [--json results.json]
+    python benchmarks/compare.py [--gigabytes 1] [--runs 5] [--only float16 ...] [--folder /tmp/x] [--json results.json]
 
-Every run is a process of its own; what is measured is the call (MindSpore's import is not charged): wall time, CPU seconds
-(user and system), and the peak of anonymous memory on top of what the process had before. The runs of the candidates are
-interleaved and medians are shown. ``cp`` copies the bytes that a conversion must physically write.
+LLaMA-like weights with Adam's moments go from one parallel strategy to another (OS: optimizer shard), as float16 and
+bfloat16 ``.ckpt`` and as float16 ``.safetensors``. ``cp`` copies the bytes that a conversion must physically write; "synced"
+is the same with the disk waited for, as auto_trans waits for it before a file gets its name. Where the target has replicas
+``cp`` copies all target files.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import resource
-import shutil
-import statistics
+import math
 import subprocess
 import sys
-import tempfile
-import threading
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Optional
 
-from synthetic import llama_parameters, write_checkpoint, write_strategy
+from harness import add_arguments, interleave, measure, table, work_folder
+from synthetic import Shapes, llama_parameters, with_moments, write_checkpoint, write_strategy
 
 from auto_trans import convert, merge_strategies
 
-# name, source (dp, mp, pp), target (dp, mp, pp); None = one complete file
-CASES: list[tuple[str, Any, Any]] = [
-    ("full -> mp8", None, (1, 8, 1)),
-    ("mp8 -> mp4", (1, 8, 1), (1, 4, 1)),
-    ("mp4pp2 -> mp4", (1, 4, 2), (1, 4, 1)),
-    ("mp8 -> full", (1, 8, 1), None),
-]
-CANDIDATES = ("auto_trans", "mindspore", "cp")
+
+@dataclass(frozen=True)
+class Parallel:
+    """A parallel strategy."""
+
+    name: str
+    dp: int = 1
+    mp: int = 1
+    pp: int = 1
+    optimizer_shard: bool = False
 
 
-def run_ours(case: dict[str, Any], target: Path) -> None:
-    convert(case["source"], target, case["source_strategy"], case["target_strategy"])
+MP8, MP4, MP4PP2 = Parallel("mp8", mp=8), Parallel("mp4", mp=4), Parallel("mp4pp2", mp=4, pp=2)
+DP2MP4, DP4MP2 = Parallel("dp2mp4", dp=2, mp=4), Parallel("dp4mp2", dp=4, mp=2)
+SHARDED, RESHARDED = Parallel("dp2mp4+OS", 2, 4, 1, True), Parallel("dp4mp2+OS", 4, 2, 1, True)
+Case = tuple[Optional[Parallel], Optional[Parallel]]  # None: one complete file
+
+CASES: list[Case] = [
+    (MP8, MP4), (None, MP8), (MP4PP2, MP4), (MP8, None), (SHARDED, RESHARDED), (None, SHARDED), (SHARDED, None),
+]  # fmt: skip
+REPLICAS: list[Case] = [(None, DP2MP4), (None, DP4MP2)]
+# group -> its type, its format, its cases, the candidates beside auto_trans
+GROUPS: dict[str, tuple[str, str, list[Case], tuple[str, ...]]] = {
+    "float16": ("Float16", "ckpt", CASES, ("mindspore", "cp", "cp synced")),
+    "bfloat16": ("BFloat16", "ckpt", CASES, ("mindspore", "cp", "cp synced")),
+    # what MindSpore does for safetensors does not begin with complete weights
+    "safetensors": ("Float16", "safetensors", [c for c in CASES if c[0]], ("mindspore", "cp", "cp synced")),
+    "replicas": ("Float16", "ckpt", REPLICAS, ("cp", "cp synced")),
+}
 
 
-def run_mindspore(case: dict[str, Any], target: Path) -> None:
-    import mindspore
+def run(name: str, case: dict[str, Any], target: Path) -> None:
+    """Runs one candidate."""
+    if name == "auto_trans":
+        convert(case["source"], target, case["source_strategy"], case["target_strategy"])
+        return
+    if name == "mindspore":
+        import mindspore
 
-    folder = case["source"] if case["source_strategy"] else str(Path(case["source"]).parents[1])
-    mindspore.transform_checkpoints(folder, str(target), "checkpoint_", case["source_merged"], case["target_merged"])
-
-
-def run_cp(case: dict[str, Any], target: Path) -> None:
+        source = case["source"] if case["source_merged"] else str(Path(case["source"]).parents[1])
+        if case["format"] == "safetensors" and not case["target_merged"]:
+            mindspore.unified_safetensors(source, case["source_merged"], str(target))
+        else:
+            merged = case["source_merged"], case["target_merged"]
+            mindspore.transform_checkpoints(source, str(target), "checkpoint_", *merged, output_format=case["format"])
+        return
     subprocess.run(["cp", "-r", case["written"], str(target)], check=True)
-
-
-def measure(run: Callable[[dict[str, Any], Path], None], case: dict[str, Any], target: Path) -> dict[str, float]:
-    """Runs once and measures the call."""
-    peak = before = _anonymous()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.005):
-            peak = max(peak, _anonymous())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    cpu, begin = _cpu(), time.perf_counter()
-    run(case, target)
-    result = {"wall": time.perf_counter() - begin, "cpu": _cpu() - cpu, "memory": (peak - before) * 1024.0}
-    done.set()
-    return result
-
-
-def _anonymous() -> int:
-    with open("/proc/self/status") as f:
-        return next(int(line.split()[1]) for line in f if line.startswith("RssAnon:"))
-
-
-def _cpu() -> float:
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in usage)
+    if name == "cp synced":
+        files = sorted(str(file) for file in target.rglob("rank_*/*"))
+        subprocess.run(["sync", *files], check=True)
 
 
 def child(name: str, case: dict[str, Any], target: Path) -> None:
-    """Measures one run in this process and prints the result."""
+    """Measures one run in this process and prints the sample."""
     if name == "mindspore":
         import mindspore  # noqa: F401 - its import is not charged
-    run = {"auto_trans": run_ours, "mindspore": run_mindspore, "cp": run_cp}[name]
-    print("RESULT", json.dumps(measure(run, case, target)))
+    sample = measure(lambda: run(name, case, target))
+    print(json.dumps(sample))
 
 
-def prepare(folder: Path, nbytes: int, dtype: str) -> list[dict[str, Any]]:
-    """Makes the inputs of all cases."""
-    shapes = llama_parameters(nbytes)
-    complete = folder / "complete" / "rank_0" / "llama.ckpt"
-    write_checkpoint(complete, shapes, dtype)
-    cases = []
-    for name, source, target in CASES:
-        case: dict[str, Any] = {"name": name, "source": str(complete)}
-        for side, parallel in (("source", source), ("target", target)):
-            strategy = merged = None
-            if parallel:
-                strategy = write_strategy(folder / f"strategy_{'_'.join(map(str, parallel))}", shapes, *parallel)
-                merged = strategy / "ckpt_strategy_rank_0.ckpt"
-                if parallel[2] > 1:
-                    merged = merge_strategies(strategy, folder / f"merged_{'_'.join(map(str, parallel))}.ckpt")
-            case[f"{side}_strategy"], case[f"{side}_merged"] = strategy and str(strategy), merged and str(merged)
-        if source:
-            made = folder / f"source_{'_'.join(map(str, source))}"
-            if not made.exists():
-                convert(complete, made, dst_strategy=case["source_strategy"])
-            case["source"] = str(made)
-        case["written"] = str(folder / "written" / name.replace(" ", ""))
-        report = convert(case["source"], case["written"], case["source_strategy"], case["target_strategy"])
-        case["bytes"] = report.bytes_written
-        cases.append(case)
-    return cases
+def prepare(folder: Path, shapes: Shapes, dtype: str, form: str, case: Case) -> dict[str, Any]:
+    """Makes the input of a case."""
+    complete = folder / "complete" / "rank_0" / f"llama.{form}"
+    if not complete.exists():
+        write_checkpoint(complete, shapes, dtype)
+    facts: dict[str, Any] = {"name": case_name(case), "format": form, "source": str(complete)}
+    for side, parallel in zip(("source", "target"), case):
+        strategy = merged = None
+        if parallel:
+            options = parallel.dp, parallel.mp, parallel.pp
+            strategy = folder / f"strategy_{parallel.name}"
+            write_strategy(strategy, shapes, *options, optimizer_shard=parallel.optimizer_shard)
+            merged = strategy / "ckpt_strategy_rank_0.ckpt"
+            if parallel.pp > 1:
+                merged = folder / f"merged_{parallel.name}.ckpt"
+                if not merged.exists():
+                    merge_strategies(strategy, merged)
+        facts[f"{side}_strategy"], facts[f"{side}_merged"] = strategy and str(strategy), merged and str(merged)
+    if case[0]:
+        source = folder / f"source_{case[0].name}"
+        if not source.exists():
+            convert(complete, source, dst_strategy=facts["source_strategy"])
+        facts["source"] = str(source)
+    facts["written"] = str(folder / "written")
+    report = convert(facts["source"], facts["written"], facts["source_strategy"], facts["target_strategy"])
+    facts["bytes"] = report.bytes_written
+    return facts
+
+
+def case_name(case: Case) -> str:
+    """Name of a case."""
+    return " -> ".join(parallel.name if parallel else "full" for parallel in case)
+
+
+def compare(group: str, parent: Optional[Path], nbytes: int, runs: int) -> list[dict[str, Any]]:
+    """Runs all cases of a group and shows a table of their medians."""
+    dtype, form, cases, others = GROUPS[group]
+    shapes = with_moments(llama_parameters(nbytes // 3))
+    results = []
+    for case in cases:
+        with work_folder(parent) as folder:
+            facts = prepare(folder, shapes, dtype, form, case)
+            found = interleave(__file__, ("auto_trans", *others), facts, runs, target=folder / "target")
+        results.append({"group": group, "case": facts["name"], "bytes": facts["bytes"], "by": found})
+        print(f"{group}: {facts['name']} measured", file=sys.stderr, flush=True)
+    show(group, results)
+    return results
+
+
+def show(group: str, results: Sequence[dict[str, Any]]) -> None:
+    """Prints the table of a group and the geometric means of its ratios."""
+    rows, ratios = [], []
+    for result in results:
+        medians = {name: found["median"] for name, found in result["by"].items()}
+        for name, m in medians.items():
+            row = [f"{result['case']}: {name}", f"{m['wall']:.2f}", f"{m['cpu']:.2f}", f"{m['memory'] / 2**20:.0f}"]
+            ours = medians["auto_trans"]
+            ratio = [m[key] / ours[key] for key in ("wall", "cpu")]
+            rows.append([*row, *(["", ""] if name == "auto_trans" else [f"{r:.2f}" for r in ratio])])
+            ratios.append((name, *ratio))
+    print(f"\n{group}\n")
+    print(table(("case: by", "wall s", "CPU s", "memory MiB", "wall / ours", "CPU / ours"), rows))
+    for name in dict.fromkeys(name for name, *_ in ratios if name != "auto_trans"):
+        means = [_geometric_mean([ratio[i] for ratio in ratios if ratio[0] == name]) for i in (1, 2)]
+        print(f"\n{name}, geometric mean: {means[0]:.2f} times our wall, {means[1]:.2f} times our CPU", flush=True)
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def main() -> None:
-    """Prepares, runs, and shows a table."""
+    """Measures the groups asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the weights (default: 1)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of every candidate (default: 3)")
-    parser.add_argument("--dtype", default="Float16", choices=["Float16", "BFloat16", "Float32"])
-    parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, default=None, help="also write the results there")
+    add_arguments(parser)
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups (default: all)")
     arguments = parser.parse_args()
-    if arguments.folder:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="auto_trans_benchmark_", dir=arguments.folder))
-    try:
-        results = compare(folder, arguments)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    results = []
+    for group in arguments.only:
+        results += compare(group, arguments.folder, int(arguments.gigabytes * 1e9), arguments.runs)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
-
-
-def compare(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Runs all candidates on all cases, interleaved."""
-    results = []
-    head = f"{'case':<15} {'by':<11} {'wall s':>8} {'CPU s':>8} {'memory MiB':>11}"
-    print(f"{head}   against mindspore: wall, CPU; against cp: wall")
-    for case in prepare(folder, int(arguments.gigabytes * 1e9), arguments.dtype):
-        samples: dict[str, list[dict[str, float]]] = {name: [] for name in CANDIDATES}
-        for _ in range(arguments.runs):
-            for name in CANDIDATES:
-                target = folder / "target"
-                command = [sys.executable, __file__, "--child", name, json.dumps(case), str(target)]
-                out = subprocess.run(
-                    command, check=True, capture_output=True, text=True, env={**os.environ, "GLOG_v": "3"}
-                )
-                samples[name].append(json.loads(out.stdout.split("RESULT", 1)[1]))
-                shutil.rmtree(target)
-        medians = {
-            name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            for name, runs in samples.items()
-        }
-        for name, m in medians.items():
-            ratios = ""
-            if name == "auto_trans":
-                theirs, cp = medians["mindspore"], medians["cp"]
-                ratios = f"   {theirs['wall'] / m['wall']:.1f}x faster, {theirs['cpu'] / m['cpu']:.1f}x less; "
-                ratios += f"{m['wall'] / cp['wall']:.2f}x cp"
-            print(
-                f"{case['name']:<15} {name:<11} {m['wall']:>8.2f} {m['cpu']:>8.2f} {m['memory'] / 2**20:>11.1f}{ratios}"
-            )
-        sys.stdout.flush()
-        results.append({"case": case["name"], "bytes": case["bytes"], "medians": medians, "samples": samples})
-    return results
 
 
 if __name__ == "__main__":

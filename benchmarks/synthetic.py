@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from auto_trans.checkpoint.ckpt import encode
+from auto_trans.checkpoint.formats import FORMATS
 from auto_trans.plan import TensorPlan
 from auto_trans.strategy_pb import ParallelStrategyMap
 
-__all__ = ["llama_parameters", "write_checkpoint", "write_strategy"]
+__all__ = ["Shapes", "llama_parameters", "with_moments", "write_checkpoint", "write_strategy"]
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 # parameter -> the dimension that tensor parallelism slices
 _SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
@@ -18,7 +22,7 @@ _SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 
 def llama_parameters(nbytes: int, item: int = 2, *, layers: int = 8) -> dict[str, tuple[int, ...]]:
     """Shapes of a LLaMA of about ``nbytes`` bytes: hidden size h, feed-forward 2.75 h, vocabulary 4 h."""
-    hidden = int((nbytes / item / (layers * 12.25 + 8)) ** 0.5) // 128 * 128
+    hidden = max(int((nbytes / item / (layers * 12.25 + 8)) ** 0.5) // 128 * 128, 128)
     feed = hidden * 11 // 4
     shapes: dict[str, tuple[int, ...]] = {"model.tok_embeddings.embedding_weight": (4 * hidden, hidden)}
     for i in range(layers):
@@ -33,10 +37,20 @@ def llama_parameters(nbytes: int, item: int = 2, *, layers: int = 8) -> dict[str
     return shapes
 
 
-def write_strategy(folder: Path, shapes: dict[str, tuple[int, ...]], dp: int = 1, mp: int = 1, pp: int = 1) -> Path:
-    """Writes the per-rank strategy files of a job; layers are spread evenly over the stages."""
+def with_moments(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """The same parameters with Adam's two moments, which are sliced as their weights are."""
+    return {**shapes, **{f"adam_{moment}.{name}": shape for moment in "mv" for name, shape in shapes.items()}}
+
+
+def write_strategy(
+    folder: Path, shapes: Shapes, dp: int = 1, mp: int = 1, pp: int = 1, *, optimizer_shard: bool = False
+) -> Path:
+    """Writes the per-rank strategy files of a job; layers are spread evenly over the stages.
+
+    With ``optimizer_shard`` every matrix is also split among the ranks that would hold the same slice.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    layers = 1 + max(int(n.split(".")[2]) for n in shapes if n.startswith("model.layers."))
+    layers = 1 + max(_layer(name) for name in shapes)
     for stage in range(pp):
         message = ParallelStrategyMap(current_stage=2)
         message.parallel_strategy_item.add(node_name=f"MatMul_{stage}").parallel_strategys.stage = stage
@@ -49,20 +63,23 @@ def write_strategy(folder: Path, shapes: dict[str, tuple[int, ...]], dp: int = 1
             layouts.tensor_map.add(dim=[0 if dim == sliced else -1 for dim in range(len(shape))])
             layouts.param_split_shape.add()
             layouts.indices_offset.add()
-            layouts.field = layouts.opt_weight_shard_step = layouts.opt_weight_shard_size = 0
+            layouts.field = 0
+            sharded = optimizer_shard and len(shape) > 1
+            layouts.opt_weight_shard_size = 0 if not sharded else dp * mp if sliced is None else dp
+            layouts.opt_weight_shard_step = 0 if not sharded else 1 if sliced is None else mp
         for rank in range(stage * dp * mp, (stage + 1) * dp * mp):
             (folder / f"ckpt_strategy_rank_{rank}.ckpt").write_bytes(message.SerializeToString())
     return folder
 
 
-def write_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "Float16") -> int:
-    """Writes a complete checkpoint with random contents; returns its bytes."""
+def write_checkpoint(path: Path, shapes: Shapes, dtype: str = "Float16") -> int:
+    """Writes a complete ``.ckpt`` or ``.safetensors`` file with random contents; returns its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     item = {"Float16": 2, "BFloat16": 2, "Float32": 4}[dtype]
     with open(path, "wb") as f:
-        tensors = (TensorPlan(n, dtype, s, s, item * int(np.prod(s)), ()) for n, s in shapes.items())
-        for _, records in encode(tensors):
+        tensors = (TensorPlan(n, dtype, s, s, item * math.prod(s), ()) for n, s in shapes.items())
+        for _, records in FORMATS[path.suffix[1:]].encode(tensors):
             for head, length in records:
                 f.write(head)
                 # small numbers in every type: no NaN that a detour over float32 could change
@@ -70,7 +87,11 @@ def write_checkpoint(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str 
     return path.stat().st_size
 
 
+def _layer(name: str) -> int:
+    return int(name.partition("layers.")[2].split(".")[0]) if "layers." in name else 0
+
+
 def _stage(name: str, layers: int, pp: int) -> int:
-    if name.startswith("model.layers."):
-        return int(name.split(".")[2]) * pp // layers
+    if "layers." in name:
+        return _layer(name) * pp // layers
     return 0 if "tok_embeddings" in name else pp - 1

@@ -1,17 +1,19 @@
 """What a finished conversion says of itself, and the records by which an interrupted one is resumed.
 
-Every published file gets a record at once; the manifest, written last, gathers them. Both name the digest of the inputs
-(source files, strategies, prefix): a file counts as done only for the very same inputs.
+Every file that is published is on record; the manifest, written last, gathers the records. Both name the digest of the
+inputs (source files, strategies, prefix): a file counts as done only for the very same inputs.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from auto_trans.checkpoint.formats import FORMATS
 from auto_trans.checkpoint.publish import write_json
@@ -53,22 +55,24 @@ class Manifest:
 
     def __init__(self, folder: Path, inputs: str, world_size: int) -> None:
         self._folder, self._inputs, self._world_size = folder, inputs, world_size
-        self._known = self._read_manifest()
+        self._known: dict[int, set[FileRecord]] = defaultdict(set)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Reads what is recorded now, by other processes, too."""
+        for path in (self._folder / MANIFEST_NAME, *sorted((self._folder / _RECORDS).glob("*.json"))):
+            content = _load(path)
+            if content.get("version") == _VERSION and content.get("inputs") == self._inputs:
+                self._add(FileRecord(**file) for file in content["files"])
 
     def done(self, rank: int) -> Optional[FileRecord]:
         """The record of a rank's file, if it was made from the same inputs and is still as it was published."""
-        record = self._known.get(rank)
-        if record is None:
-            content = _load(self._record_path(rank))
-            if content.get("inputs") == self._inputs:
-                record = FileRecord(**content["file"])
-        if record is None:
-            return None
-        try:
-            stat = (self._folder / record.file).stat()
-        except OSError:
-            return None
-        return record if (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns) else None
+        for record in self._known.get(rank, ()):
+            with contextlib.suppress(OSError):
+                stat = (self._folder / record.file).stat()
+                if (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns):
+                    return record
+        return None
 
     def foreign(self, rank: int) -> Optional[Path]:
         """A checkpoint file in the rank's folder that was not made by this conversion, if there is one."""
@@ -78,12 +82,18 @@ class Manifest:
         files = [f for f in sorted(folder.iterdir()) if f.suffix[1:] in FORMATS] if folder.is_dir() else []
         return next((file for file in files if file != ours), None)
 
-    def add(self, rank: int, file: Path, digest: str) -> FileRecord:
-        """Records a file that has just been published."""
-        stat = file.stat()
-        record = FileRecord(rank, str(file.relative_to(self._folder)), stat.st_size, stat.st_mtime_ns, digest)
-        write_json(self._record_path(rank), {"inputs": self._inputs, "file": asdict(record)})
-        return record
+    @contextlib.contextmanager
+    def adding(self, records: Sequence[FileRecord]) -> Iterator[None]:
+        """Records files that are published meanwhile.
+
+        They are on record before they bear their names: whenever the process is killed, each is known if it is there.
+        """
+        name = f"rank_{records[0].rank}.json"
+        pending = self._folder / _RECORDS / f"pending_{name}"
+        write_json(pending, self._content(records))
+        yield
+        pending.replace(pending.with_name(name))
+        self._add(records)
 
     def finish(self) -> bool:
         """Writes the manifest if the files of all ranks are there, and drops the records.
@@ -91,33 +101,23 @@ class Manifest:
         Returns:
             Whether all ranks' files are there.
         """
-        records = [self.done(rank) for rank in range(self._world_size)]
-        if not all(records):
+        self.refresh()
+        records = [record for rank in range(self._world_size) if (record := self.done(rank))]
+        if len(records) < self._world_size:
             return False
-        write_json(
-            self._folder / MANIFEST_NAME,
-            {
-                "version": _VERSION,
-                "inputs": self._inputs,
-                "world_size": self._world_size,
-                "files": [asdict(record) for record in records if record],
-            },
-        )
+        write_json(self._folder / MANIFEST_NAME, {"world_size": self._world_size, **self._content(records)})
         shutil.rmtree(self._folder / _RECORDS, ignore_errors=True)
         return True
 
-    def _record_path(self, rank: int) -> Path:
-        return self._folder / _RECORDS / f"rank_{rank}.json"
+    def _add(self, records: Iterable[FileRecord]) -> None:
+        for record in records:
+            self._known[record.rank].add(record)
 
-    def _read_manifest(self) -> dict[int, FileRecord]:
-        content = _load(self._folder / MANIFEST_NAME)
-        if content.get("version") != _VERSION or content.get("inputs") != self._inputs:
-            return {}
-        files: Iterable[dict] = content["files"]
-        return {record["rank"]: FileRecord(**record) for record in files}
+    def _content(self, records: Sequence[FileRecord]) -> dict[str, Any]:
+        return {"version": _VERSION, "inputs": self._inputs, "files": [asdict(record) for record in records]}
 
 
-def _load(path: Path) -> dict:
+def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -9,73 +9,144 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Callable, Generic, Optional, TypeVar, Union
 
 import xxhash
 
 from auto_trans.errors import InsufficientDiskError, OutputError
 
-__all__ = ["DigestWriter", "new_file", "replicate", "write_json"]
+__all__ = ["NewFile", "Publisher", "new_file", "replicate", "write_json"]
+
+T = TypeVar("T")
+
+_FLUSH_BYTES = 32 * 1024 * 1024
+_flusher = ThreadPoolExecutor(1, "auto_trans-flush")
 
 
-class DigestWriter:
-    """Writes to a file descriptor and digests what it writes.
+class NewFile:
+    """A file under a temporary name in its final folder, which is made if missing.
 
-    Attributes:
-        written: Bytes written so far.
+    It is digested while it is written, and the disk is kept busy meanwhile, so that little is left to wait for in the end.
+
+    Args:
+        path: Its final name, which it gets from `publish`, once complete and on the disk.
+
+    Raises:
+        InsufficientDiskError: The disk is full (any method).
+        OutputError: The file cannot be written (any method).
     """
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = _temporary_name(path)
         self._hash = xxhash.xxh3_128()
-        self.written = 0
-
-    def write(self, data: Union[bytes, memoryview]) -> None:
-        """Writes all of ``data``."""
-        self._hash.update(data)
-        rest = memoryview(data)
-        self.written += len(rest)
-        while rest:
-            rest = rest[os.write(self._fd, rest) :]
+        self._written = self._flushed = 0
+        self._synced: Optional[os.stat_result] = None
+        with _output_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
 
     @property
     def digest(self) -> str:
         """xxh3 digest of what was written."""
         return self._hash.hexdigest()
 
+    def write(self, data: Union[bytes, memoryview]) -> None:
+        """Writes all of ``data``."""
+        self._hash.update(data)
+        rest = memoryview(data)
+        self._written += len(rest)
+        with _output_errors(self.path):
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+        if self._written - self._flushed >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
+            # starts to write out what is dirty, without waiting for it; pages that are being written out stay cached
+            extent = self._flushed, self._written - self._flushed
+            _flusher.submit(os.posix_fadvise, self._fd, *extent, os.POSIX_FADV_DONTNEED)
+            self._flushed = self._written
+
+    def sync(self) -> os.stat_result:
+        """Waits until what was written is on the disk; returns the state that the file keeps when it is published."""
+        with _output_errors(self.path):
+            if self._synced is None:
+                os.fsync(self._fd)
+                self._synced = os.fstat(self._fd)
+            return self._synced
+
+    def publish(self) -> None:
+        """Gives the file its name, once it is on the disk; if that fails, nothing is left of it."""
+        try:
+            self.sync()
+            with _output_errors(self.path):
+                self._close()
+                _commit(self._temporary, self.path)
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Removes the file, unless it is published."""
+        self._close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1  # another thread may soon get the same number
+            os.close(fd)
+
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[DigestWriter]:
-    """A file that appears under its name only once it is complete and on the disk.
-
-    It is written under a temporary name in the same folder, which is made if missing, and removed on failure.
+def new_file(path: Path) -> Iterator[NewFile]:
+    """A file that appears under its name once it is complete and on the disk; on failure nothing is left of it.
 
     Raises:
         InsufficientDiskError: The disk is full.
         OutputError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    out = NewFile(path)
     try:
-        with _output_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-            try:
-                writer = DigestWriter(fd)
-                yield writer
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            _commit(temporary, path)
+        yield out
+        out.publish()
     except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        out.discard()
         raise
 
 
+class Publisher(Generic[T]):
+    """Publishes files in a thread of its own, one after the other, while the next one is written.
+
+    No more than one file waits while another is written, so that a failure is soon known. Left by an exception or not, it
+    first finishes what was submitted: that is complete.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "auto_trans-publish")
+        self._pending: list[Future[T]] = []
+        self.results: list[T] = []
+
+    def __enter__(self) -> Publisher[T]:
+        return self
+
+    def __exit__(self, exc_type: Any, *exc: object) -> None:
+        with self._pool:
+            self._wait(0 if exc_type is None else len(self._pending))
+
+    def submit(self, publish: Callable[[], T]) -> None:
+        """Has ``publish`` called; raises what an earlier one raised."""
+        self._pending.append(self._pool.submit(publish))
+        self._wait(1)
+
+    def _wait(self, left: int) -> None:
+        while len(self._pending) > left:
+            self.results.append(self._pending.pop(0).result())
+
+
 def replicate(file: Path, replica: Path) -> None:
-    """Makes ``replica`` the same file by a hard link, or a copy where the file system has no links."""
-    temporary = replica.with_name(f".{replica.name}.{uuid.uuid4().hex[:8]}.tmp")
+    """Makes ``replica`` the same file by a hard link, or a copy as old as it where the file system has no links."""
+    temporary = _temporary_name(replica)
     try:
         with _output_errors(replica):
             replica.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +154,8 @@ def replicate(file: Path, replica: Path) -> None:
                 os.link(file, temporary)
             except OSError:
                 shutil.copyfile(file, temporary)
+                stat = file.stat()
+                os.utime(temporary, ns=(stat.st_atime_ns, stat.st_mtime_ns))
                 with open(temporary, "rb") as f:
                     os.fsync(f.fileno())
             _commit(temporary, replica)
@@ -96,6 +169,10 @@ def write_json(path: Path, content: Any) -> None:
     """Writes a small file atomically."""
     with new_file(path) as out:
         out.write(json.dumps(content, indent=1).encode())
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def _commit(temporary: Path, path: Path) -> None:
