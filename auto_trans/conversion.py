@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional, Union
@@ -28,47 +27,12 @@ from auto_trans.execute import DEFAULT_BUFFER_BYTES, Adapt, Executor
 from auto_trans.log import logger
 from auto_trans.plan import ConversionPlan, FilePlan, plan_conversion
 from auto_trans.progress import Meter
-from auto_trans.resources import check_disk, check_memory, format_bytes
+from auto_trans.report import ConversionReport
+from auto_trans.resources import check_disk, check_memory
 from auto_trans.source import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
 from auto_trans.strategy import Strategy
 
 __all__ = ["Conversion", "ConversionReport", "convert", "prepare", "run_conversion"]
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What a conversion did.
-
-    Attributes:
-        source: The source file or folder.
-        target: The folder that holds ``rank_N/``.
-        files: The target files of the ranks that were asked for, by rank.
-        converted: The ranks whose files were written.
-        linked: The ranks whose files are links to (or copies of) those of an identical rank.
-        reused: The ranks whose files were there already, made from the same inputs.
-        bytes_written: Bytes of the files written, without links.
-        seconds: Wall time.
-        carried: Parameters that no strategy lists; copied as they are.
-        absent: Parameters that the target lists and the source does not hold; the model keeps its initial values.
-        dropped: Optimizer state that the target, which has no optimizer, does not take.
-    """
-
-    source: Path
-    target: Path
-    files: tuple[FileRecord, ...]
-    converted: tuple[int, ...] = ()
-    linked: tuple[int, ...] = ()
-    reused: tuple[int, ...] = ()
-    bytes_written: int = 0
-    seconds: float = 0.0
-    carried: tuple[str, ...] = ()
-    absent: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        parts = [f"{len(self.converted)} converted", f"{len(self.linked)} linked", f"{len(self.reused)} reused"]
-        size = format_bytes(self.bytes_written)
-        return f"{self.target}: {', '.join(parts)} of {len(self.files)} files, {size} in {self.seconds:.1f} s"
 
 
 class Conversion:
@@ -115,6 +79,7 @@ class Conversion:
         self._index = ScannedSource(checkpoint, exclude)
         self._variant = variant
         self.plan: ConversionPlan = plan_conversion(source, target, self._index, ranks)
+        self._replicas = {rank: group for group in self.plan.replicas for rank in group}
         self.folder = TargetFolder(dst, prefix, self.format, self._inputs_digest(), target.world_size, reuse=reuse)
 
     @property
@@ -126,16 +91,23 @@ class Conversion:
         """Bytes of a target file."""
         return encoded_size(self.format, file.tensors)
 
-    def todo(self) -> list[FilePlan]:
-        """The files that are not there yet for any of their ranks."""
-        return [file for file in self.plan.files if not any(self.folder.done(rank) for rank in file.ranks)]
+    def replicas(self, file: FilePlan) -> tuple[int, ...]:
+        """All target ranks with the contents of a file, also those that are not converted here."""
+        return self._replicas[file.ranks[0]]
 
-    def check(self, neighbours: int = 1, converters: int = 1) -> None:
+    def todo(self, files: Optional[Iterable[FilePlan]] = None) -> list[FilePlan]:
+        """The files, by default all, that are not there yet for any rank with the same contents."""
+        return [f for f in (self.plan.files if files is None else files) if not any(self._there(f))]
+
+    def check(
+        self, neighbours: int = 1, converters: int = 1, files: Optional[Sequence[FilePlan]] = None
+    ) -> None:  # fmt: skip
         """Checks all that can be checked before any work.
 
         Args:
             neighbours: How many converters like this one share the machine's memory.
             converters: How many share the disk.
+            files: The files that will be written; all by default.
 
         Raises:
             OutputExistsError: The target holds files of something else.
@@ -146,10 +118,10 @@ class Conversion:
         for rank in self.ranks:
             self.folder.check_not_foreign(rank)
         check_memory(self.memory_limit, neighbours)
-        check_disk(self.dst, converters * sum(self.file_size(file) for file in self.todo()))
+        check_disk(self.dst, converters * sum(self.file_size(file) for file in self.todo(files)))
         for name, ranks in self.plan.replicated.items():
-            files = [self._index.file(rank) for rank in ranks]
-            digests = {content_digest(file, name) if name in file.tensors else None for file in files}
+            ends = [self._index.file(rank) for rank in ranks]
+            digests = {content_digest(end, name) if name in end.tensors else None for end in ends}
             if len(digests) > 1:
                 raise PlanError(
                     f"parameter {name} is in no strategy, but differs between source rank {ranks[0]} and {ranks[1]}: it is "
@@ -163,19 +135,23 @@ class Conversion:
         quiet: bool = False,
         listener: Optional[Callable[[int, int], None]] = None,
         adapt: Optional[Adapt] = None,
+        files: Optional[Sequence[FilePlan]] = None,
     ) -> ConversionReport:
         """Converts, publishes every file as it is complete, and writes the manifest once all ranks are there.
+
+        A file that is there already for a rank with the same contents, converted by whomever, is linked.
 
         Args:
             quiet: Show no progress.
             listener: Told (bytes done, bytes in all).
             adapt: Changes parts of tensors on their way.
+            files: The files of the plan to take on; all by default.
         """
         begin = time.monotonic()
-        todo = self.todo()
-        meter = Meter(
-            sum(file.nbytes for file in todo), f"converting {self.checkpoint.name}", quiet=quiet, listener=listener
-        )
+        self.folder.manifest.refresh()
+        files = self.plan.files if files is None else files
+        nbytes = sum(file.nbytes for file in self.todo(files))
+        meter = Meter(nbytes, f"converting {self.checkpoint.name}", quiet=quiet, listener=listener)
         converted: list[int] = []
         linked: list[int] = []
         reused: list[FileRecord] = []
@@ -186,17 +162,18 @@ class Conversion:
                 Executor(sources, buffer_bytes, meter, adapt) as executor,
                 Publisher[list[FileRecord]]() as publisher,
             ):
-                for file in self.plan.files:
-                    there = [record for rank in file.ranks if (record := self.folder.done(rank))]
-                    reused += there
-                    missing = [rank for rank in file.ranks if rank not in {record.rank for record in there}]
+                for file in files:
+                    there = {record.rank: record for record in self._there(file)}
+                    reused += [record for rank, record in there.items() if rank in file.ranks]
+                    missing = tuple(rank for rank in file.ranks if rank not in there)
                     if not there:
                         out = executor.write(file, self.folder.file(missing[0]), self.format)
-                        publisher.submit(partial(self.folder.publish, out, tuple(missing)))
-                        converted.append(missing.pop(0))
+                        publisher.submit(partial(self.folder.publish, out, missing))
+                        converted.append(missing[0])
+                        linked += missing[1:]
                     elif missing:
-                        publisher.submit(partial(self.folder.replicate, there[0], missing))
-                    linked += missing
+                        publisher.submit(partial(self.folder.replicate, next(iter(there.values())), missing))
+                        linked += missing
         finally:
             meter.close()
         self.folder.manifest.finish()
@@ -224,6 +201,10 @@ class Conversion:
             logger.warning("not in the source, the model keeps its initial values: %s", _names(plan.absent))
         if plan.dropped:
             logger.warning("optimizer state dropped, the target has no optimizer: %s", _names(plan.dropped))
+
+    def _there(self, file: FilePlan) -> Iterator[FileRecord]:
+        """What is there already with the contents of a file, of its own ranks and of others."""
+        return (record for rank in self.replicas(file) if (record := self.folder.done(rank)))
 
     def _inputs_digest(self) -> str:
         sources = []
@@ -315,6 +296,7 @@ def run_conversion(
     converters: int = 1,
     quiet: bool = False,
     listener: Optional[Callable[[int, int], None]] = None,
+    files: Optional[Sequence[FilePlan]] = None,
 ) -> ConversionReport:
     """Checks and runs a planned conversion with one of the engines.
 
@@ -326,14 +308,15 @@ def run_conversion(
         converters: How many share the disk.
         quiet: Show no progress.
         listener: Told (bytes done, bytes in all).
+        files: The files of the plan to take on; all by default, and always with the mindspore engine.
     """
-    conversion.check(neighbours, converters)
+    conversion.check(neighbours, converters, files)
     conversion.log_plan()
     if engine == "mindspore":
         from auto_trans.mindspore_engine import run_mindspore
 
         return run_mindspore(conversion, by_rank=by_rank)
-    return conversion.run(quiet=quiet, listener=listener)
+    return conversion.run(quiet=quiet, listener=listener, files=files)
 
 
 def _names(names: Sequence[str], count: int = 5) -> str:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 
 from auto_trans.config import parse_memory
-from auto_trans.conversion import Conversion, ConversionReport
+from auto_trans.conversion import Conversion
 from auto_trans.errors import ConfigError, OutputExistsError, PlanError
 from auto_trans.execute import Executor
 from auto_trans.layout import Box, Shape
 from auto_trans.plan import TensorPlan, plan_conversion
+from auto_trans.report import ConversionReport
 from auto_trans.source import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
 from auto_trans.strategy import Strategy
 

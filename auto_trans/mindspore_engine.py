@@ -17,11 +17,12 @@ from auto_trans.checkpoint.files import rank_file
 from auto_trans.checkpoint.manifest import FileRecord
 from auto_trans.checkpoint.publish import NewFile
 from auto_trans.errors import ConfigError
+from auto_trans.report import ConversionReport
 from auto_trans.strategy import Strategy
 from auto_trans.strategy_files import MERGED_NAME, merge_strategies
 
 if TYPE_CHECKING:
-    from auto_trans.conversion import Conversion, ConversionReport
+    from auto_trans.conversion import Conversion
 
 __all__ = ["run_mindspore"]
 
@@ -38,8 +39,6 @@ def run_mindspore(conversion: Conversion, *, by_rank: bool) -> ConversionReport:
     Raises:
         ConfigError: Neither side has a strategy, or the files are safetensors, with which MindSpore's API is not right.
     """
-    from auto_trans.conversion import ConversionReport
-
     formats = {conversion.checkpoint.format.name, conversion.format.name}
     if formats != {"ckpt"}:
         raise ConfigError("the mindspore engine converts .ckpt to .ckpt only; use engine native for safetensors")

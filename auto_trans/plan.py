@@ -1,6 +1,6 @@
 """What has to be copied where: source strategy + target strategy + what the source files hold -> a plan.
 
-Pure: nothing is read or written here. The source is seen through `SourceIndex`, which the caller fills from file heads.
+Pure: nothing is read or written here.
 
 A plan follows MindSpore's conversion where that is right: parameters that both strategies list are re-sliced, those that
 no strategy lists (global_step, loss scale, ...) are carried over as they are. Where MindSpore is silently wrong a plan is
@@ -12,47 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Optional, Protocol
+from typing import Optional
 
-from auto_trans.errors import ConfigError, LayoutError, MissingSliceError, PlanError
+from auto_trans.errors import ConfigError, LayoutError, PlanError
+from auto_trans.holders import Holders, SourceIndex
 from auto_trans.layout import Box, Layout, Shape
 from auto_trans.strategy import Strategy, is_optimizer_state
 
-__all__ = ["ConversionPlan", "Copy", "FilePlan", "SourceIndex", "TensorMeta", "TensorPlan", "plan_conversion"]
-
-
-class TensorMeta(Protocol):
-    """What a plan needs to know of a stored tensor."""
-
-    @property
-    def dtype(self) -> str:
-        """MindSpore's name of the type."""
-
-    @property
-    def dims(self) -> Shape:
-        """The dims as stored."""
-
-    @property
-    def shape(self) -> Shape:
-        """The shape; () for scalars and for what cannot be sliced."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the contents."""
-
-
-class SourceIndex(Protocol):
-    """What the source files hold, by rank."""
-
-    @property
-    def ranks(self) -> Sequence[int]:
-        """The ranks whose files are there, in ascending order."""
-
-    def tensors(self, rank: int) -> Mapping[str, TensorMeta]:
-        """The tensors of a rank's file by name, in file order."""
-
-    def describe(self, rank: int) -> str:
-        """The rank's file, for messages."""
+__all__ = ["ConversionPlan", "Copy", "FilePlan", "TensorPlan", "plan_conversion"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +83,7 @@ class ConversionPlan:
         absent: Parameters that the target lists and the source does not hold.
         dropped: Optimizer state that the target, which has no optimizer, does not take.
         replicated: Parameters that must be the same on all source ranks -> two ranks whose files show whether they are.
+        replicas: All ranks of the target, planned or not, by equal contents.
     """
 
     files: tuple[FilePlan, ...]
@@ -123,6 +91,7 @@ class ConversionPlan:
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     replicated: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    replicas: tuple[tuple[int, ...], ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -160,85 +129,32 @@ def plan_conversion(
     return _Planner(source, target, index).plan(wanted)
 
 
+# the box of a target slice; per part the cell of a source slice, where it begins in that, its box in the target slice
+_Cut = tuple[Box, tuple[tuple[Shape, Shape, Box], ...]]
+
+
 class _Planner:
     def __init__(self, source: Strategy, target: Strategy, index: SourceIndex) -> None:
-        self._source, self._target, self._index = source, target, index
-        self._tensors: dict[tuple[str, Layout, Shape], TensorPlan] = {}
-        self._there = frozenset(index.ranks)
-        self._check_ranks()
-        self._names = self._source_names()
+        self._source, self._target = source, target
+        self._holders = Holders(source, index)
+        self._names = self._holders.names
+        self._tensors: dict[tuple[str, Box], TensorPlan] = {}
+        self._cuts: dict[tuple[Layout, Layout, Shape, Shape], _Cut] = {}
         self._sliced, self._carried, self._dropped = self._sort_names()
 
     def plan(self, ranks: Sequence[int]) -> ConversionPlan:
         wanted = set(ranks)
-        files = []
-        for stage in sorted({self._target.stage_of(rank) for rank in ranks}):
-            for group in self._replica_groups(stage):
+        files, replicas = [], []
+        for stage in range(self._target.stages):
+            layouts = self._layouts(stage)
+            for group in self._replica_groups(layouts.values(), stage):
+                replicas.append(group)
                 members = tuple(rank for rank in group if rank in wanted)
                 if members:
-                    files.append(FilePlan(members, tuple(self._file(stage, group[0]))))
+                    files.append(FilePlan(members, tuple(self._file(layouts, group[0]))))
         absent = () if self._source.is_complete and self._target.is_complete else self._absent()
-        return ConversionPlan(tuple(files), self._carried, absent, self._dropped, self._must_be_replicated())
-
-    # what is there
-
-    def _check_ranks(self) -> None:
-        ranks, world = self._index.ranks, self._source.world_size
-        if self._source.is_complete and len(ranks) > 1:
-            raise PlanError(
-                f"the source is distributed over {len(ranks)} rank folders; give the strategy that it was saved under "
-                f"(src_strategy_path_or_dir)"
-            )
-        beyond = [rank for rank in ranks if rank >= world]
-        if beyond:
-            raise PlanError(
-                f"the source has {len(ranks)} rank folders (up to rank_{ranks[-1]}), but its strategy "
-                f"{self._source.origin} describes {world} ranks: it is one stage's file of a pipeline job, for which the "
-                f"strategy folder or the merged file must be given, or the strategy of another job"
-            )
-
-    def _source_names(self) -> dict[str, int]:
-        """Every parameter that the source holds -> a rank that holds it, in file order.
-
-        The ranks of a stage hold the same parameters, so one file of a stage tells them. With redundancy removed it
-        does not: what the strategy lists and this file lacks is looked for in the files that own its first slice, and
-        where that finds something, what no strategy lists may lie with any rank.
-        """
-        names: dict[str, int] = {}
-        elsewhere: dict[str, int] = {}
-        devices = self._source.stage_devices
-        for stage in range(self._source.stages):
-            members = [rank for rank in self._index.ranks if rank // devices == stage]
-            if not members:
-                first = stage * devices
-                raise MissingSliceError(
-                    f"no rank folder of pipeline stage {stage} (rank {first} to {first + devices - 1}) is there, which the "
-                    f"strategy {self._source.origin} describes; copy the missing rank folders to the source"
-                )
-            for name in self._index.tensors(members[0]):
-                stages = self._source.stages_of(name)
-                (names if not stages or stage in stages else elsewhere).setdefault(name, members[0])
-            spread = False
-            for name in self._source.names(stage):
-                layout = None if name in names or name in self._source.refused else self._source.layout(name, stage)
-                if layout is not None:
-                    for cell in _corners(layout):
-                        owner = self._holder(name, stage, layout, cell)
-                        if owner is not None:
-                            names[name] = owner
-                            spread = True
-                            break
-            for rank in members[1:] if spread else ():
-                for name in self._index.tensors(rank):
-                    if not self._source.lists(name):
-                        names.setdefault(name, rank)
-        for name in elsewhere.keys() - names.keys():
-            raise MissingSliceError(
-                f"parameter {name} is in {self._index.describe(elsewhere[name])}, but the strategy "
-                f"{self._source.origin} lists it for stage {', '.join(map(str, self._source.stages_of(name)))}, of which "
-                f"no file holds it; copy the missing rank folders to the source"
-            )
-        return names
+        different = self._must_be_replicated()
+        return ConversionPlan(tuple(files), self._carried, absent, self._dropped, different, tuple(replicas))
 
     def _sort_names(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
         """Which parameters are re-sliced, carried over, and dropped."""
@@ -277,7 +193,7 @@ class _Planner:
                 f"the strategy of the same model, of all pipeline stages"
             )
         if self._source.is_complete and not whole:
-            strange = [n for n in carried if math.prod(self._meta(self._names[n], n).shape) > 1]
+            strange = [n for n in carried if math.prod(self._holders.meta(n).shape) > 1]
             weights = [n for n in strange if not is_optimizer_state(n)]
             wanted = [n for n in self._target.names() if n not in self._names and not is_optimizer_state(n)]
             if weights and wanted:
@@ -301,122 +217,82 @@ class _Planner:
         The first and the last rank of a stage differ in every axis of the device matrix, so their slices of a tensor
         that is sliced at all are different ones. Single numbers cannot be sliced.
         """
-        pairs = {}
-        if not self._source.is_complete:
-            devices = self._source.stage_devices
-            for name in self._carried:
-                first = self._names[name]
-                if math.prod(self._meta(first, name).shape) > 1:
-                    members = (rank for rank in reversed(self._index.ranks) if rank // devices == first // devices)
-                    last = next(rank for rank in members if name in self._index.tensors(rank))
-                    if last != first:
-                        pairs[name] = (first, last)
-        return pairs
+        if self._source.is_complete:
+            return {}
+        arrays = [name for name in self._carried if math.prod(self._holders.meta(name).shape) > 1]
+        ends = ((name, self._holders.ends(name)) for name in arrays)
+        return {name: (first, last) for name, (first, last) in ends if first != last}
 
     # target files
 
-    def _replica_groups(self, stage: int) -> Iterable[tuple[int, ...]]:
+    def _layouts(self, stage: int) -> dict[str, Layout]:
+        """The parameters that a target stage has, and how they are sliced there."""
+        found = ((name, self._target.layout(name, stage)) for name in self._sliced)
+        return {name: layout for name, layout in found if layout is not None}
+
+    def _replica_groups(self, layouts: Iterable[Layout], stage: int) -> Iterable[tuple[int, ...]]:
         """The ranks of a target stage by equal contents."""
         devices = self._target.stage_devices
-        layouts = {layout for n in self._sliced if (layout := self._target.layout(n, stage)) is not None}
         groups: dict[tuple[Shape, ...], list[int]] = {}
+        distinct = set(layouts)
         for local in range(devices):
-            cells = tuple(layout.cell(local, max(len(layout.tensor_map), 1)) for layout in layouts)
+            cells = tuple(layout.cell(local, max(len(layout.tensor_map), 1)) for layout in distinct)
             groups.setdefault(cells, []).append(stage * devices + local)
         return [tuple(group) for group in groups.values()]
 
-    def _file(self, stage: int, rank: int) -> Iterable[TensorPlan]:
-        """The tensors of a target rank; ``rank`` is the lowest of its replicas."""
+    def _file(self, layouts: Mapping[str, Layout], rank: int) -> Iterable[TensorPlan]:
+        """The tensors of a target rank, which is the lowest of its replicas."""
         local = rank % self._target.stage_devices
-        for name in self._sliced:
-            layout = self._target.layout(name, stage)
-            if layout is not None:
-                yield self._sliced_tensor(name, layout, local)
+        for name, layout in layouts.items():
+            yield self._sliced_tensor(name, layout, local)
         for name in self._carried:
-            owner = self._carried_from(name, local)
-            meta = self._meta(owner, name)
+            meta = self._holders.meta(name)
             start = (0,) * len(meta.shape)
-            whole = Copy(owner, start, Box.whole(meta.shape))
+            whole = Copy(self._holders.carried_from(name, local), start, Box.whole(meta.shape))
             yield TensorPlan(name, meta.dtype, meta.dims, meta.shape, meta.nbytes, (whole,), start)
 
-    def _carried_from(self, name: str, local: int) -> int:
-        """The source rank that a parameter without layout is taken from: the one at the same place, as in MindSpore."""
-        if self._source.is_complete:
-            return self._names[name]
-        same_place = self._names[name] // self._source.stage_devices * self._source.stage_devices
-        same_place += local % self._source.stage_devices
-        there = same_place in self._there and name in self._index.tensors(same_place)
-        return same_place if there else self._names[name]
-
     def _sliced_tensor(self, name: str, layout: Layout, local: int) -> TensorPlan:
-        stage = self._source_stage(name)
-        source = self._source.layout(name, stage)
-        assert source is not None, name
-        meta = self._meta(self._names[name], name)
+        meta = self._holders.meta(name)
         try:
-            full = source.full_shape(meta.shape)
-            box = layout.box(local, full)
-            key = (name, layout, box.offset)
-            if key not in self._tensors:
-                copies = tuple(
-                    Copy(
-                        self._owner(name, stage, source, cell, meta),
-                        tuple(o - c * n for o, c, n in zip(part.offset, cell, meta.shape)),
-                        part.relative_to(box.offset),
-                    )
-                    for cell, part in source.overlapping(full, box)
-                )
-                nbytes = meta.nbytes // max(math.prod(meta.shape), 1) * box.volume
-                dims = meta.dims if box.size == meta.shape else box.size
-                self._tensors[key] = TensorPlan(name, meta.dtype, dims, box.size, nbytes, copies, box.offset)
-            return self._tensors[key]
+            source = self._source.layout(name, self._holders.stage(name))
+            assert source is not None, name
+            box, parts = self._cut(source, layout, meta.shape, local)
         except LayoutError as e:
             raise PlanError(
-                f"parameter {name} of {self._index.describe(self._names[name])} has shape {list(meta.shape)}, which does "
-                f"not fit {self._source.origin} or {self._target.origin}: {e}"
+                f"parameter {name} of {self._holders.file(name)} has shape {list(meta.shape)}, which does not fit "
+                f"{self._source.origin} or {self._target.origin}: {e}"
             ) from e
+        key = (name, box)
+        if key not in self._tensors:
+            copies = tuple(Copy(self._holders.owner(name, source, cell), start, part) for cell, start, part in parts)
+            nbytes = meta.nbytes // max(math.prod(meta.shape), 1) * box.volume
+            dims = meta.dims if box.size == meta.shape else box.size
+            self._tensors[key] = TensorPlan(name, meta.dtype, dims, box.size, nbytes, copies, box.offset)
+        return self._tensors[key]
 
-    # source slices
+    def _cut(self, source: Layout, target: Layout, slice_shape: Shape, local: int) -> _Cut:
+        """Which slices of the source make up the slice of a target rank.
 
-    def _source_stage(self, name: str) -> int:
-        """The stage whose slices are read: that of the rank which was found to hold the parameter."""
-        return 0 if self._source.is_complete else self._names[name] // self._source.stage_devices
+        The layers of a model are sliced alike: what is found for one serves all.
 
-    def _meta(self, rank: int, name: str) -> TensorMeta:
-        return self._index.tensors(rank)[name]
-
-    def _holder(self, name: str, stage: int, layout: Layout, cell: Shape) -> Optional[int]:
-        """The lowest rank that is there and holds a slice, as replicas are alike."""
-        first = stage * self._source.stage_devices
-        for local in layout.owners(cell):
-            rank = first + local
-            if rank in self._there and name in self._index.tensors(rank):
-                return rank
-        return None
-
-    def _owner(self, name: str, stage: int, layout: Layout, cell: Shape, expected: TensorMeta) -> int:
-        rank = self._holder(name, stage, layout, cell)
-        if rank is None:
-            first = stage * self._source.stage_devices
-            owners = [first + local for local in layout.owners(cell)]
-            raise MissingSliceError(
-                f"slice {list(cell)} of parameter {name} is held by source rank {', '.join(map(str, owners))} only, of "
-                f"which no file is there that holds it; copy the missing rank folders to the source"
+        Returns:
+            The target slice's box in the full tensor; per part the cell of the source slice that holds it, where it
+            begins in that, and its box in the target slice.
+        """
+        key = (source, target, slice_shape, target.cell(local, len(slice_shape)))
+        if key not in self._cuts:
+            full = source.full_shape(slice_shape)
+            box = target.box(local, full)
+            parts = tuple(
+                (
+                    cell,
+                    tuple(o - c * n for o, c, n in zip(part.offset, cell, slice_shape)),
+                    part.relative_to(box.offset),
+                )
+                for cell, part in source.overlapping(full, box)
             )
-        meta = self._meta(rank, name)
-        if (meta.shape, meta.dtype) != (expected.shape, expected.dtype):
-            raise PlanError(
-                f"parameter {name} is {list(meta.shape)} {meta.dtype} in {self._index.describe(rank)} but "
-                f"{list(expected.shape)} {expected.dtype} in {self._index.describe(self._names[name])}: the files are of "
-                f"different jobs or steps, or the source strategy {self._source.origin} is not theirs"
-            )
-        return rank
-
-
-def _corners(layout: Layout) -> tuple[Shape, ...]:
-    """The first and the last slice of a layout: where both are missing, the parameter was not saved at all."""
-    grid = layout.grid(max(len(layout.tensor_map), 1) if not layout.ndims else layout.ndims[-1])
-    return tuple(0 for _ in grid), tuple(n - 1 for n in grid)
+            self._cuts[key] = box, parts
+        return self._cuts[key]
 
 
 def _some(names: Iterable[str], count: int = 3) -> str:

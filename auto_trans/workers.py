@@ -8,12 +8,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from typing import Any
 
-from auto_trans.conversion import Conversion, ConversionReport
+from auto_trans.conversion import Conversion
 from auto_trans.errors import ConfigError, RankLostError
 from auto_trans.progress import Meter
+from auto_trans.report import ConversionReport
+from auto_trans.shares import split_ranks
 
 __all__ = ["run_with_workers"]
 
@@ -39,7 +40,7 @@ def run_with_workers(conversion: Conversion, processes: int, *, quiet: bool = Fa
     """
     if processes < 1:
         raise ConfigError(f"processes must be at least 1, not {processes}")
-    shares = _shares(conversion, processes)
+    shares = split_ranks(conversion.plan, processes)
     conversion.check(neighbours=max(len(shares), 1))
     conversion.log_plan()
     if len(shares) < 2:
@@ -62,17 +63,7 @@ def run_with_workers(conversion: Conversion, processes: int, *, quiet: bool = Fa
                 "what is already complete is used again"
             ) from e
     conversion.folder.manifest.finish()
-    return _merge(reports)
-
-
-def _shares(conversion: Conversion, processes: int) -> list[list[int]]:
-    """The target ranks by worker: whole groups of replicas, about the same number of bytes each."""
-    shares: list[tuple[int, list[int]]] = [(0, []) for _ in range(processes)]
-    for file in sorted(conversion.plan.files, key=lambda f: -f.nbytes):
-        lightest = min(range(processes), key=lambda i: shares[i][0])
-        nbytes, ranks = shares[lightest]
-        shares[lightest] = (nbytes + file.nbytes, ranks + list(file.ranks))
-    return [sorted(ranks) for _, ranks in shares if ranks]
+    return ConversionReport.merged(reports)
 
 
 def _task(conversion: Conversion, ranks: Sequence[int]) -> dict[str, Any]:
@@ -126,16 +117,3 @@ def _draining(queue: Any, meter: Meter) -> Iterator[None]:
         stop.set()
         thread.join()
         meter.close()
-
-
-def _merge(reports: Sequence[ConversionReport]) -> ConversionReport:
-    first = reports[0]
-    return replace(
-        first,
-        files=tuple(sorted((f for r in reports for f in r.files), key=lambda f: f.rank)),
-        converted=tuple(sorted(rank for r in reports for rank in r.converted)),
-        linked=tuple(sorted(rank for r in reports for rank in r.linked)),
-        reused=tuple(sorted(rank for r in reports for rank in r.reused)),
-        bytes_written=sum(r.bytes_written for r in reports),
-        seconds=max(r.seconds for r in reports),
-    )

@@ -92,7 +92,8 @@ class Manifest:
         pending = self._folder / _RECORDS / f"pending_{name}"
         write_json(pending, self._content(records))
         yield
-        pending.replace(pending.with_name(name))
+        with contextlib.suppress(FileNotFoundError):  # these were the last, and another process has finished meanwhile
+            pending.replace(pending.with_name(name))
         self._add(records)
 
     def finish(self) -> bool:

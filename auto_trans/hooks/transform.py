@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 from auto_trans.checkpoint.files import SourceCheckpoint, rank_file
 from auto_trans.checkpoint.publish import write_json
@@ -18,7 +19,9 @@ from auto_trans.coordination.session import LEADER, Session
 from auto_trans.errors import CoordinationError, OutputError, StrategyError, StrategyNotFoundError
 from auto_trans.hooks.job import Job
 from auto_trans.log import logger
+from auto_trans.report import ConversionReport
 from auto_trans.resources import format_bytes
+from auto_trans.shares import assign_writers
 from auto_trans.source import as_strategy, find_source
 from auto_trans.strategy import Strategy, describe_difference, same_slices
 from auto_trans.strategy_files import merge_strategies, read_strategy
@@ -140,7 +143,7 @@ class _Together:
                     self._lead(heartbeat)
                 else:
                     self._follow(heartbeat)
-        self._await_visible()
+        self._await_visible(self._own_files)
 
     def _lead(self, heartbeat: Heartbeat) -> None:
         begin = time.monotonic()
@@ -212,13 +215,17 @@ class _Together:
                 checkpoint, self._job.transformed_dir / checkpoint.name, source, target, prefix=self._prefix,
                 ranks=self._own.slices, memory_limit=self._settings.memory_limit, format="ckpt",
             )  # fmt: skip
-            # MindSpore's API does not tell how far it is
-            silent = self._settings.engine == "mindspore"
-            with heartbeat.idle() if silent else contextlib.nullcontext():
+            # MindSpore's API does not tell how far it is, and knows no replicas
+            native = self._settings.engine == "native"
+            writers = self._writers(conversion) if native else {}
+            own = [f for f in conversion.plan.files if writers.get(f.ranks[0], self._job.rank) == self._job.rank]
+            with contextlib.nullcontext() if native else heartbeat.idle():
                 report = run_conversion(
                     conversion, self._settings.engine, by_rank=by_rank and self._job.world_size > 1,
-                    neighbours=neighbours, converters=len(self._assignments), listener=heartbeat.progress,
+                    neighbours=neighbours, converters=len(self._assignments), listener=heartbeat.progress, files=own,
                 )  # fmt: skip
+            if native:
+                report = self._link_others(conversion, report, writers, heartbeat)
             written += report.bytes_written
             logger.info("rank %d: %s", self._job.rank, report)
         self._session.publish(
@@ -230,6 +237,28 @@ class _Together:
                 "seconds": time.monotonic() - begin,
             },
         )
+
+    def _writers(self, conversion: Conversion) -> dict[int, int]:
+        """Target rank -> the converter rank that writes its file, of which the others with such a rank make links."""
+        shares = assign_writers(conversion.plan.replicas, [assignment.slices for assignment in self._assignments])
+        return {rank: self._assignments[share].rank for rank, share in shares.items()}
+
+    def _link_others(
+        self, conversion: Conversion, report: ConversionReport, writers: Mapping[int, int], heartbeat: Heartbeat
+    ) -> ConversionReport:
+        """Links what other converters have written for replicas of this one's slices; tells them what is there for them."""
+        name = f"{conversion.checkpoint.name}_written_rank_"
+        self._session.publish(f"{name}{self._job.rank}", {"ranks": [record.rank for record in report.files]})
+        rest = [file for file in conversion.plan.files if writers[file.ranks[0]] != self._job.rank]
+        if not rest:
+            return report
+        needed = {writers[file.ranks[0]] for file in rest}
+        with heartbeat.idle():
+            done = self._session.await_published({f"{name}{rank}": rank for rank in needed}, "write what others link")
+            there = {rank for content in done.values() for rank in content["ranks"]}
+            originals = [rank for file in rest for rank in conversion.replicas(file) if rank in there]
+            self._await_visible(lambda: [conversion.folder.file(rank) for rank in originals])
+        return ConversionReport.merged([report, conversion.run(listener=heartbeat.progress, files=rest)])
 
     def _target(self, *, merge: bool = False) -> Strategy:
         """The strategy that this job compiled, of all stages."""
@@ -279,23 +308,29 @@ class _Together:
                 f"output_dir is shared by all ranks and that nothing else deletes files there"
             )
 
-    def _await_visible(self) -> None:
+    def _own_files(self) -> list[Path]:
+        """The file of this rank in every converted checkpoint."""
+        folder = self._job.transformed_dir
+        names = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+        return [rank_file(name, self._prefix, self._job.rank) for name in names]
+
+    def _await_visible(self, files: Callable[[], list[Path]]) -> None:
         """Waits for network file systems that show other machines' files late."""
         timeout = self._settings.timing.heartbeat_timeout
 
         def look() -> Optional[bool]:
-            folder = self._job.transformed_dir
-            names = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
-            return True if names and all(rank_file(n, self._prefix, self._job.rank).is_file() for n in names) else None
+            found = files()
+            return True if found and all(file.is_file() for file in found) else None
 
         def invisible(seconds: float) -> Exception:
+            missing = next((file for file in files() if not file.is_file()), self._job.transformed_dir)
             return CoordinationError(
-                f"the conversion is complete, but rank {self._job.rank} does not see its file below "
-                f"{self._job.transformed_dir} after {seconds:.0f} s; check that output_dir is shared by all nodes"
+                f"{missing} is complete, but rank {self._job.rank} does not see it after {seconds:.0f} s; check that "
+                f"output_dir is shared by all nodes"
             )
 
         wait_until(
-            look, self._settings.timing, waiting_for=lambda: f"the files of rank {self._job.rank} to become visible",
+            look, self._settings.timing, waiting_for=lambda: f"files to become visible to rank {self._job.rank}",
             deadline=timeout, on_timeout=invisible,
         )  # fmt: skip
 

@@ -7,7 +7,9 @@ import pytest
 import xxhash
 
 from auto_trans.checkpoint import publish
-from auto_trans.checkpoint.publish import new_file, replicate
+from auto_trans.checkpoint.formats import FORMATS
+from auto_trans.checkpoint.publish import NewFile, Publisher, new_file, replicate
+from auto_trans.checkpoint.target import TargetFolder
 from auto_trans.errors import InsufficientDiskError, OutputError
 
 
@@ -31,6 +33,19 @@ def test_failure_leaves_the_old_file_and_no_other(tmp_path):
         raise RuntimeError("half-way")
     assert path.read_bytes() == b"old"
     assert [f.name for f in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_file_that_cannot_be_published_leaves_nothing(tmp_path, monkeypatch, call):
+    def broken(*args):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    out = NewFile(tmp_path / "x.ckpt")
+    out.write(b"new")
+    monkeypatch.setattr(publish.os, call, broken)
+    with pytest.raises(OutputError, match=r"x\.ckpt cannot be written: .*Input/output error"):
+        out.publish()
+    assert not list(tmp_path.iterdir())
 
 
 def test_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
@@ -67,3 +82,57 @@ def test_replica_is_a_copy_where_links_do_not_work(tmp_path, monkeypatch):
     replicate(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"weights"
     assert not os.path.samefile(tmp_path / "a", tmp_path / "b")
+
+
+def target_of(folder):
+    return TargetFolder(folder, "checkpoint_", FORMATS["ckpt"], "inputs", 2)
+
+
+def test_file_is_on_record_before_it_bears_its_name(tmp_path, monkeypatch):
+    """Killed between the two, it would be refused as a foreign file when the conversion is started again."""
+    named = []
+
+    def name_and_die(temporary, path):
+        os.replace(temporary, path)
+        named.append(path.name)
+        if path.name == "checkpoint_0.ckpt":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(publish, "_commit", name_and_die)
+    out = NewFile(tmp_path / "rank_0" / "checkpoint_0.ckpt")
+    out.write(b"weights")
+    with pytest.raises(KeyboardInterrupt):
+        target_of(tmp_path).publish(out, [0, 1])
+    assert named == ["pending_rank_0.json", "checkpoint_0.ckpt"]
+    again = target_of(tmp_path)
+    again.check_not_foreign(0)
+    assert again.done(0) is not None and again.done(1) is None
+
+
+def test_replicas_have_the_record_of_their_original_link_or_copy(tmp_path, monkeypatch):
+    def no_links(*args, **kwargs):
+        raise OSError(errno.EPERM, "no links here")
+
+    for folder in (tmp_path / "linked", tmp_path / "copied"):
+        out = NewFile(folder / "rank_0" / "checkpoint_0.ckpt")
+        out.write(b"weights")
+        records = target_of(folder).publish(out, [0, 1])
+        assert [(r.rank, r.file) for r in records] == [(n, f"rank_{n}/checkpoint_{n}.ckpt") for n in (0, 1)]
+        again = target_of(folder)
+        assert [again.done(0), again.done(1)] == records
+        assert again.manifest.finish() and sorted(p.name for p in folder.iterdir())[1:] == ["rank_0", "rank_1"]
+        monkeypatch.setattr(publish.os, "link", no_links)
+
+
+def test_publisher_raises_soon_and_finishes_what_is_complete():
+    done = []
+
+    def fail():
+        raise OutputError("no")
+
+    with pytest.raises(OutputError), Publisher() as publisher:
+        publisher.submit(lambda: done.append(1))
+        publisher.submit(fail)
+        publisher.submit(lambda: done.append(2))
+        pytest.fail("the third was submitted after the second had failed")
+    assert done == [1, 2]

@@ -120,6 +120,36 @@ def test_pipeline_target_gets_a_merged_strategy(launch):
     assert [(c["rank"], c["slices"]) for c in job.report()["converters"]] == [(0, [0, 3]), (4, [4, 7])]
 
 
+def test_replicas_that_several_converters_need_are_written_by_one(launch):
+    """dp4 mp2: every converter of two ranks needs both of the distinct files."""
+    job = launch()
+    job.settings["world_size"] = 8
+    job.compile("dp4mp2").start(processes=4).succeeds()
+    job.check_weights("dp4mp2")
+    files = sorted(job.output.glob("transformed_checkpoint/*/rank_*/*.ckpt"))
+    assert len(files) == 8 and len({file.stat().st_ino for file in files}) == 2
+    converters = job.report()["converters"]
+    assert [c["slices"] for c in converters] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [c["bytes_written"] > 0 for c in converters] == [True, True, False, False]
+    assert job.report()["bytes_written"] == sum({f.stat().st_ino: f.stat().st_size for f in files}.values())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_converter_that_needs_anothers_file_waits_for_it_or_is_told_that_it_died(launch, dies):
+    job = launch()
+    job.settings["world_size"] = 8
+    faults = {"2": "hang" if dies else 3}
+    job.compile("dp4mp2").start(processes=4, faults=faults, timing={"heartbeat_timeout": 5})
+    if not dies:
+        job.succeeds()
+        return job.check_weights("dp4mp2")
+    job.wait_for_fault(2)
+    job.processes[2].kill()
+    for rank, (code, text) in job.ends(2).items():
+        assert code != 0 and "rank 2" in text, f"rank {rank}:\n{text}"
+    return None
+
+
 def test_without_pipeline_nothing_is_merged(launch):
     job = launch().compile().start()
     job.succeeds()

@@ -1,0 +1,61 @@
+"""What a conversion did, for callers and people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from auto_trans.checkpoint.manifest import FileRecord
+from auto_trans.resources import format_bytes
+
+__all__ = ["ConversionReport"]
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did.
+
+    Attributes:
+        source: The source file or folder.
+        target: The folder that holds ``rank_N/``.
+        files: The target files of the ranks that were asked for, by rank.
+        converted: The ranks whose files were written.
+        linked: The ranks whose files are links to (or copies of) those of an identical rank.
+        reused: The ranks whose files were there already, made from the same inputs.
+        bytes_written: Bytes of the files written, without links.
+        seconds: Wall time.
+        carried: Parameters that no strategy lists; copied as they are.
+        absent: Parameters that the target lists and the source does not hold; the model keeps its initial values.
+        dropped: Optimizer state that the target, which has no optimizer, does not take.
+    """
+
+    source: Path
+    target: Path
+    files: tuple[FileRecord, ...]
+    converted: tuple[int, ...] = ()
+    linked: tuple[int, ...] = ()
+    reused: tuple[int, ...] = ()
+    bytes_written: int = 0
+    seconds: float = 0.0
+    carried: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @classmethod
+    def merged(cls, reports: Sequence[ConversionReport]) -> ConversionReport:
+        """One report of the parts of a conversion that ran beside each other."""
+        return replace(
+            reports[0],
+            files=tuple(sorted((f for r in reports for f in r.files), key=lambda f: f.rank)),
+            converted=tuple(sorted(rank for r in reports for rank in r.converted)),
+            linked=tuple(sorted(rank for r in reports for rank in r.linked)),
+            reused=tuple(sorted(rank for r in reports for rank in r.reused)),
+            bytes_written=sum(r.bytes_written for r in reports),
+            seconds=max(r.seconds for r in reports),
+        )
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.converted)} converted", f"{len(self.linked)} linked", f"{len(self.reused)} reused"]
+        size = format_bytes(self.bytes_written)
+        return f"{self.target}: {', '.join(parts)} of {len(self.files)} files, {size} in {self.seconds:.1f} s"

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+from core.test_plan import Index, hold, strategy
+from hypothesis import given
+from hypothesis import strategies as st
+
+from auto_trans.coordination.election import elect
+from auto_trans.layout import Layout
+from auto_trans.plan import plan_conversion
+from auto_trans.shares import assign_writers, loads, split_ranks
+
+REPLICATED = {"w": Layout((4, 2), ((0,), ())), "norm": Layout((4, 2), ((),))}  # dp4 mp2
+DISTINCT = {"w": Layout((4, 2), ((0,), ()), 4, 2), "norm": Layout((4, 2), ((),))}  # its optimizer shard
+FULL = {"w": np.arange(64).reshape(16, 4), "norm": np.arange(4)}
+
+
+def planned(layouts):
+    source = strategy({name: Layout((1,)) for name in layouts})
+    return plan_conversion(source, strategy(layouts), Index(hold(FULL, source)))
+
+
+@st.composite
+def groups_and_shares(draw):
+    """Groups of replicas of up to 24 ranks, and the equal shares of converters."""
+    world = draw(st.sampled_from([1, 2, 4, 6, 8, 12, 24]))
+    contents = draw(st.lists(st.integers(0, 5), min_size=world, max_size=world))
+    groups = {}
+    for rank, content in enumerate(contents):
+        groups.setdefault(content, []).append(rank)
+    number = draw(st.sampled_from([n for n in range(1, world + 1) if world % n == 0]))
+    return list(groups.values()), [assignment.slices for assignment in elect(world, number)]
+
+
+@given(groups_and_shares())
+def test_every_file_is_written_by_one_converter_that_needs_it(case):
+    groups, shares = case
+    writers = assign_writers(groups, shares)
+    for group in groups:
+        (writer,) = {writers[rank] for rank in group}
+        assert set(group) & set(shares[writer])
+
+
+def test_converters_that_need_the_same_files_write_as_many_each():
+    groups = [[rank, *range(rank + 8, 512, 8)] for rank in range(8)]  # dp64 mp8
+    writers = assign_writers(groups, [assignment.slices for assignment in elect(512, 4)])
+    assert Counter(writers[group[0]] for group in groups) == {0: 2, 1: 2, 2: 2, 3: 2}
+
+
+def test_ranks_that_nobody_converts_have_no_writer():
+    assert assign_writers([[0, 2], [1], [3]], [[1, 2]]) == {0: 0, 2: 0, 1: 0}
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([REPLICATED, DISTINCT]))
+def test_loads_add_up_to_the_plan(number, layouts):
+    plan = planned(layouts)
+    found = loads(plan, [assignment.slices for assignment in elect(8, number)])
+    assert len(found) == number
+    assert sum(load.written for load in found) == plan.nbytes
+    assert sum(load.linked for load in found) == 8 - len(plan.files)
+    assert all(load.read <= load.written for load in found)
+
+
+def test_what_several_files_of_a_converter_need_is_read_once():
+    (one,) = loads(planned(DISTINCT), [range(8)])
+    assert one.read == FULL["w"].size * 4 + FULL["norm"].size * 4
+    assert one.written == FULL["w"].size * 4 + 8 * FULL["norm"].size * 4
+
+
+def test_processes_get_whole_groups_of_replicas_and_even_work():
+    assert split_ranks(planned(REPLICATED), 3) == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    assert [len(ranks) for ranks in split_ranks(planned(DISTINCT), 4)] == [2, 2, 2, 2]
