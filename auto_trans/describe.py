@@ -16,13 +16,16 @@ from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints
 from auto_trans.checkpoint.formats import scan
 from auto_trans.checkpoint.index import CheckpointIndex
 from auto_trans.conversion import Conversion
+from auto_trans.coordination.election import elect
 from auto_trans.errors import AutoTransError, CorruptCheckpointError
 from auto_trans.layout import Layout
 from auto_trans.resources import available_memory, free_disk
+from auto_trans.shares import loads, process_nums, read_bytes
 from auto_trans.strategy import Strategy
 from auto_trans.strategy_files import read_strategy
 
 __all__ = [
+    "advise",
     "describe_checkpoint",
     "describe_plan",
     "describe_strategy",
@@ -91,17 +94,43 @@ def describe_plan(conversion: Conversion, *, measure: bool = True) -> dict[str, 
             }
             for file in plan.files
         ],
-        "bytes_read": sum(file.nbytes for file in todo),
+        "bytes_read": read_bytes(todo),
         "bytes_written": written,
         "memory": conversion.memory_limit,
         "memory_available": available_memory(),
         "disk_free": free_disk(conversion.dst),
         "seconds": written / speed if speed else None,
+        "transform_process_num": advise(conversion),
         "carried": list(plan.carried),
         "absent": list(plan.absent),
         "dropped": list(plan.dropped),
         "problem": problem,
     }
+
+
+def advise(conversion: Conversion) -> list[dict[str, Any]]:
+    """What the converters of a job would read and write by ``transform_process_num``, of which one can be chosen.
+
+    Returns:
+        Per value the bytes that the busiest converter reads and writes, the bytes that all write, and how many of the
+        converters write at all. Empty if the plan is not that of a whole job.
+    """
+    plan, world_size = conversion.plan, conversion.target.world_size
+    if world_size == 1 or len(conversion.ranks) < world_size:
+        return []
+    advice = []
+    for number in process_nums(world_size):
+        found = loads(plan, [assignment.slices for assignment in elect(world_size, number)])
+        advice.append(
+            {
+                "transform_process_num": number,
+                "busiest_reads": max(load.read for load in found),
+                "busiest_writes": max(load.written for load in found),
+                "all_write": sum(load.written for load in found),
+                "writing": sum(load.written > 0 for load in found),
+            }
+        )
+    return advice
 
 
 def describe_strategy(

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auto_trans.plan import ConversionPlan
+from auto_trans.plan import ConversionPlan, FilePlan
 
-__all__ = ["Load", "assign_writers", "loads", "split_ranks"]
+__all__ = ["Load", "assign_writers", "loads", "process_nums", "read_bytes", "split_ranks"]
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,30 @@ def loads(plan: ConversionPlan, shares: Sequence[Sequence[int]]) -> list[Load]:
         shares: The ranks of every converter.
     """
     writers = assign_writers(plan.replicas, shares)
-    read: list[dict[tuple[Any, ...], int]] = [{} for _ in shares]
-    written = [0] * len(shares)
-    files = [0] * len(shares)
+    files: list[list[FilePlan]] = [[] for _ in shares]
     for file in plan.files:
-        writer = writers[file.ranks[0]]
-        written[writer] += file.nbytes
-        files[writer] += 1
+        files[writers[file.ranks[0]]].append(file)
+    return [
+        Load(read_bytes(own), sum(file.nbytes for file in own), len(ranks) - len(own))
+        for own, ranks in zip(files, shares)
+    ]
+
+
+def process_nums(world_size: int, most: int = 9) -> list[int]:
+    """Values of ``transform_process_num`` to choose from: divisors of the world size, each at least twice the last."""
+    chosen = [1]
+    for number in range(2, world_size + 1):
+        if world_size % number == 0 and number >= 2 * chosen[-1]:
+            chosen.append(number)
+    return chosen if len(chosen) <= most else [*chosen[: most - 1], chosen[-1]]
+
+
+def read_bytes(files: Iterable[FilePlan]) -> int:
+    """Bytes of the source that files are made of, each counted once."""
+    parts: dict[tuple[Any, ...], int] = {}
+    for file in files:
         for tensor in file.tensors:
             for copy in tensor.copies:
                 part = (tensor.name, copy.rank, copy.source, copy.target.size)
-                read[writer][part] = tensor.nbytes * copy.target.volume // max(math.prod(tensor.shape), 1)
-    return [
-        Load(sum(copies.values()), nbytes, len(ranks) - count)
-        for copies, nbytes, ranks, count in zip(read, written, shares, files)
-    ]
+                parts[part] = tensor.nbytes * copy.target.volume // max(math.prod(tensor.shape), 1)
+    return sum(parts.values())

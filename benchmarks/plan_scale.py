@@ -2,14 +2,17 @@
 
     python benchmarks/plan_scale.py [--layers 126] [--ranks 64 512 4096 8192] [--json results.json]
 
-The model has 126 layers (about 1,100 parameters, with Adam moments 3,300). Each conversion goes from dp * 8 * 8 (data,
-tensor, pipeline parallelism) to half the data parallelism and twice the stages. Shown are time and memory of the whole plan,
-the time of one rank's plan, and what the busiest converter reads and writes by transform_process_num.
+The model has 126 layers (about 1,100 parameters, with Adam moments 3,400). Each conversion goes from dp * 8 * 8 (data,
+tensor, pipeline parallelism) to half the data parallelism and twice the stages; 4,096 ranks are dp64 mp8 pp8 -> dp32 mp8
+pp16. Replicated, data parallel ranks hold the same; with optimizer shard (OS) every rank holds something else. Shown are
+time and memory of the whole plan, the time of one rank's plan, and what the converters read and write by
+transform_process_num.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import resource
@@ -21,10 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness import table
+
 from auto_trans.coordination.election import elect
 from auto_trans.layout import Layout
 from auto_trans.plan import plan_conversion
 from auto_trans.resources import format_bytes
+from auto_trans.shares import loads
 from auto_trans.strategy import Strategy
 
 _HIDDEN, _FEED, _VOCABULARY, _KV = 16384, 53248, 128256, 1024
@@ -95,45 +101,52 @@ def shapes_of(layers: int) -> dict[str, tuple[int, ...]]:
     return {**shapes, **{f"adam_{m}.{n}": s for n, s in shapes.items() for m in "mv"}}
 
 
-def strategy_of(shapes: Mapping[str, tuple[int, ...]], layers: int, dp: int, mp: int, pp: int) -> Strategy:
-    """The strategy of a job with these parallelisms, data parallel replicas held whole."""
+def strategy_of(
+    shapes: Mapping[str, tuple[int, ...]], layers: int, dp: int, mp: int, pp: int, *, optimizer_shard: bool
+) -> Strategy:
+    """The strategy of a job with these parallelisms."""
     layouts: dict[str, dict[int, Layout]] = {}
     for name, shape in shapes.items():
         block = int(name.partition("layers.")[2].split(".")[0]) if "layers." in name else 0
         stage = block * pp // layers if "layers." in name else (0 if "tok" in name else pp - 1)
         sliced = _SLICED.get(name.split(".")[-2])
         tensor_map = tuple((0,) if dim == sliced else () for dim in range(len(shape)))
-        layouts[name] = {stage: Layout((dp, mp), tensor_map, ndims=(len(shape),))}
-    return Strategy(pp, dp * mp, layouts, origin=f"dp{dp} mp{mp} pp{pp}", digest=f"{dp}-{mp}-{pp}")
+        replicas, step = (dp * mp, 1) if sliced is None else (dp, mp)
+        rows = shape[0] // mp if sliced == 0 else shape[0]
+        shard = (math.gcd(rows, replicas), step) if optimizer_shard and len(shape) > 1 else (0, 0)
+        layouts[name] = {stage: Layout((dp, mp), tensor_map, *shard, ndims=(len(shape),))}
+    name = f"dp{dp} mp{mp} pp{pp}" + " OS" * optimizer_shard
+    return Strategy(pp, dp * mp, layouts, origin=name, digest=name)
 
 
-def measure(ranks: int, layers: int) -> dict[str, Any]:
+def measure(ranks: int, layers: int, *, optimizer_shard: bool) -> dict[str, Any]:
     """Plans one conversion in this process."""
     shapes = shapes_of(layers)
     stages = 8 if ranks >= 512 else 2
-    source = strategy_of(shapes, layers, ranks // 8 // stages, 8, stages)
-    target = strategy_of(shapes, layers, ranks // 16 // stages, 8, stages * 2)
+    dp = ranks // 8 // stages
+    source = strategy_of(shapes, layers, dp, 8, stages, optimizer_shard=optimizer_shard)
+    target = strategy_of(shapes, layers, dp // 2, 8, stages * 2, optimizer_shard=optimizer_shard)
+    begin = time.perf_counter()
+    plan_conversion(source, target, Index(source, shapes), [ranks // 2])
+    one = time.perf_counter() - begin
     before = _peak()
     begin = time.perf_counter()
     plan = plan_conversion(source, target, Index(source, shapes))
     whole = time.perf_counter() - begin
     memory = _peak() - before
-    begin = time.perf_counter()
-    plan_conversion(source, target, Index(source, shapes), [ranks // 2])
-    one = time.perf_counter() - begin
-    sizes = {rank: file.nbytes for file in plan.files for rank in file.ranks}
-    first = {rank: file.ranks[0] for file in plan.files for rank in file.ranks}
     converters = {}
     for number in (n for n in _PROCESSES if n <= ranks):
-        work = []
-        for assignment in elect(ranks, number):
-            distinct = {first[rank] for rank in assignment.slices}
-            work.append(sum(sizes[rank] for rank in distinct))
-        converters[number] = max(work)
+        found = loads(plan, [assignment.slices for assignment in elect(ranks, number)])
+        converters[number] = {
+            "busiest_reads": max(load.read for load in found),
+            "busiest_writes": max(load.written for load in found),
+            "all_write": sum(load.written for load in found),
+            "writing": sum(load.written > 0 for load in found),
+        }
     return {
         "source": source.origin, "target": target.origin, "ranks": ranks, "parameters": len(shapes), "seconds": whole,
-        "one_rank_seconds": one, "memory": memory, "distinct_files": len(plan.files), "bytes": plan.nbytes,
-        "largest_share": converters,
+        "one_rank_seconds": one, "memory": memory, "distinct_files": len(plan.files),
+        "distinct_slices": sum(len(file.tensors) for file in plan.files), "bytes": plan.nbytes, "converters": converters,
     }  # fmt: skip
 
 
@@ -147,26 +160,36 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=126)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 512, 4096, 8192])
     parser.add_argument("--json", type=Path, default=None, help="also write the results there")
-    parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=2, type=int, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        print(json.dumps(measure(arguments.child, arguments.layers)))
+        ranks, sharded = arguments.child
+        print(json.dumps(measure(ranks, arguments.layers, optimizer_shard=bool(sharded))))
         return
-    print(
-        f"{'ranks':>6}  {'from':<15} {'to':<16} {'plan s':>7} {'one rank s':>11} {'memory MiB':>11} {'distinct files':>15}"
-    )
     results = []
-    for ranks in arguments.ranks:
-        command = [sys.executable, __file__, "--layers", str(arguments.layers), "--child", str(ranks)]
-        r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        results.append(r)
-        print(
-            f"{r['ranks']:>6}  {r['source']:<15} {r['target']:<16} {r['seconds']:>7.2f} {r['one_rank_seconds']:>11.2f} "
-            f"{r['memory'] / 2**20:>11.0f} {r['distinct_files']:>15}"
-        )
-    print(f"\nwhat the busiest converter reads and writes\n{'ranks':>6}  " + "".join(f"{n:>14}" for n in _PROCESSES))
-    for r in results:
-        print(f"{r['ranks']:>6}  " + "".join(f"{format_bytes(n):>14}" for n in r["largest_share"].values()))
+    for ranks, sharded in itertools.product(arguments.ranks, (0, 1)):
+        command = [sys.executable, __file__, "--layers", str(arguments.layers), "--child", str(ranks), str(sharded)]
+        results.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+        print(f"{results[-1]['target']} planned", file=sys.stderr, flush=True)
+    heads = "ranks", "from", "to", "plan s", "one rank s", "memory MiB", "distinct files", "distinct slices"
+    rows = [
+        [
+            str(r["ranks"]), r["source"], r["target"], f"{r['seconds']:.2f}", f"{r['one_rank_seconds']:.2f}",
+            f"{r['memory'] / 2**20:.0f}", f"{r['distinct_files']:,}", f"{r['distinct_slices']:,}",
+        ]
+        for r in results
+    ]  # fmt: skip
+    print(table(heads, rows))
+    heads = "to", "transform_process_num", "busiest reads", "busiest writes", "all write", "converters that write"
+    rows = [
+        [
+            r["target"], number, format_bytes(c["busiest_reads"]), format_bytes(c["busiest_writes"]),
+            format_bytes(c["all_write"]), str(c["writing"]),
+        ]
+        for r in results
+        for number, c in r["converters"].items()
+    ]  # fmt: skip
+    print(f"\n{table(heads, rows)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 

@@ -170,6 +170,29 @@ def _show_plan(conversion: Any, as_json: bool) -> bool:
     ):
         if plan[key]:
             print(f"{text}: {', '.join(plan[key][:5])}{' ...' if len(plan[key]) > 5 else ''}")
+    _show_advice(plan["transform_process_num"])
     if plan["problem"]:
         print(f"\nit could not succeed: {plan['problem']}")
     return not plan["problem"]
+
+
+def _show_advice(advice: list[dict[str, Any]]) -> None:
+    from auto_trans.resources import format_bytes
+
+    if not advice:
+        return
+    rows = [
+        (
+            str(entry["transform_process_num"]),
+            format_bytes(entry["busiest_reads"]),
+            format_bytes(entry["busiest_writes"]),
+            format_bytes(entry["all_write"]),
+            str(entry["writing"]),
+        )
+        for entry in advice
+    ]
+    print("\nin a job, by transform_process_num (tensors, without links):")
+    heads = ("transform_process_num", "busiest reads", "busiest writes", "all write", "converters that write")
+    print_table(heads, rows, right=(0, 1, 2, 3, 4))
+    best = min(advice, key=lambda entry: (entry["busiest_writes"], entry["transform_process_num"]))
+    print(f"more than {best['transform_process_num']} would not be faster: no converter would write less")

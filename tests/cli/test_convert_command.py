@@ -127,6 +127,22 @@ def test_dry_run_shows_the_plan_and_does_nothing(auto_trans, sides, tmp_path):
     assert again["bytes_written"] == 0 and all(f["reused"] for f in again["files"])
 
 
+def test_dry_run_tells_what_transform_process_num_brings(auto_trans, genuine):
+    """dp4 mp2: two distinct files, needed by four ranks each."""
+    arguments = ["convert", genuine.complete("mf_llama"), "out", "--dry-run"]
+    arguments += ["--dst-strategy", genuine.model("mf_llama").strategy("dp4mp2")]
+    out = auto_trans(*arguments).stdout
+    assert "transform_process_num" in out and "more than 2 would not be faster" in out
+    plan = json.loads(auto_trans(*arguments, "--json").stdout)
+    advice = plan["transform_process_num"]
+    assert [entry["transform_process_num"] for entry in advice] == [1, 2, 4, 8]
+    assert [entry["writing"] for entry in advice] == [1, 2, 2, 2]
+    assert len({entry["all_write"] for entry in advice}) == 1
+    assert advice[1]["busiest_writes"] == advice[3]["busiest_writes"] == advice[0]["all_write"] / 2
+    assert advice[0]["busiest_reads"] == plan["bytes_read"] < advice[0]["all_write"]
+    assert "transform_process_num" not in auto_trans(*arguments, "--ranks", "0-1").stdout
+
+
 def test_dry_run_fails_where_the_run_would(auto_trans, sides, tmp_path):
     (tmp_path / "out" / "rank_0").mkdir(parents=True)
     (tmp_path / "out" / "rank_0" / "mine.ckpt").write_bytes(b"precious")
