@@ -20,7 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 
 
-def llama_parameters(nbytes: int, item: int = 2, *, layers: int = 8) -> dict[str, tuple[int, ...]]:
+def llama_parameters(nbytes: int, item: int = 2, *, layers: int = 4) -> dict[str, tuple[int, ...]]:
     """Shapes of a LLaMA of about ``nbytes`` bytes: hidden size h, feed-forward 2.75 h, vocabulary 4 h."""
     hidden = max(int((nbytes / item / (layers * 12.25 + 8)) ** 0.5) // 128 * 128, 128)
     feed = hidden * 11 // 4

@@ -103,9 +103,12 @@ class Manifest:
             Whether all ranks' files are there.
         """
         self.refresh()
-        records = [record for rank in range(self._world_size) if (record := self.done(rank))]
-        if len(records) < self._world_size:
-            return False
+        records = []
+        for rank in range(self._world_size):
+            record = self.done(rank)
+            if record is None:  # of thousands of files not one more is looked at
+                return False
+            records.append(record)
         write_json(self._folder / MANIFEST_NAME, {"world_size": self._world_size, **self._content(records)})
         shutil.rmtree(self._folder / _RECORDS, ignore_errors=True)
         return True
