@@ -1,6 +1,6 @@
 """Conversion against ``mindspore.transform_checkpoints`` and against ``cp``, side by side in one run.
 
-    python benchmarks/compare.py [--gigabytes 1] [--runs 5] [--only float16 ...] [--folder /tmp/x] [--json results.json]
+    python benchmarks/compare.py [--gigabytes 1] [--runs 5] [--only float16 ...] [--against cp ...] [--folder /tmp/x]
 
 LLaMA-like weights with Adam's moments go from one parallel strategy to another (OS: optimizer shard), as float16 and
 bfloat16 ``.ckpt`` and as float16 ``.safetensors``. ``cp`` copies the bytes that a conversion must physically write; "synced"
@@ -46,13 +46,14 @@ CASES: list[Case] = [
     (MP8, MP4), (None, MP8), (MP4PP2, MP4), (MP8, None), (SHARDED, RESHARDED), (None, SHARDED), (SHARDED, None),
 ]  # fmt: skip
 REPLICAS: list[Case] = [(None, DP2MP4), (None, DP4MP2)]
+OTHERS = ("mindspore", "cp", "cp synced")
 # group -> its type, its format, its cases, the candidates beside auto_trans
 GROUPS: dict[str, tuple[str, str, list[Case], tuple[str, ...]]] = {
-    "float16": ("Float16", "ckpt", CASES, ("mindspore", "cp", "cp synced")),
-    "bfloat16": ("BFloat16", "ckpt", CASES, ("mindspore", "cp", "cp synced")),
+    "float16": ("Float16", "ckpt", CASES, OTHERS),
+    "bfloat16": ("BFloat16", "ckpt", CASES, OTHERS),
     # what MindSpore does for safetensors does not begin with complete weights
-    "safetensors": ("Float16", "safetensors", [c for c in CASES if c[0]], ("mindspore", "cp", "cp synced")),
-    "replicas": ("Float16", "ckpt", REPLICAS, ("cp", "cp synced")),
+    "safetensors": ("Float16", "safetensors", [c for c in CASES if c[0]], OTHERS),
+    "replicas": ("Float16", "ckpt", REPLICAS, OTHERS[1:]),
 }
 
 
@@ -119,9 +120,12 @@ def case_name(case: Case) -> str:
     return " -> ".join(parallel.name if parallel else "full" for parallel in case)
 
 
-def compare(group: str, parent: Optional[Path], nbytes: int, runs: int) -> list[dict[str, Any]]:
+def compare(
+    group: str, against: Sequence[str], parent: Optional[Path], nbytes: int, runs: int
+) -> list[dict[str, Any]]:  # fmt: skip
     """Runs all cases of a group and shows a table of their medians."""
     dtype, form, cases, others = GROUPS[group]
+    others = tuple(name for name in others if name in against)
     shapes = with_moments(llama_parameters(nbytes // 3))
     results = []
     for case in cases:
@@ -161,10 +165,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups (default: all)")
+    parser.add_argument("--against", nargs="+", choices=OTHERS, default=OTHERS, help="candidates (default: all)")
     arguments = parser.parse_args()
     results = []
     for group in arguments.only:
-        results += compare(group, arguments.folder, int(arguments.gigabytes * 1e9), arguments.runs)
+        results += compare(group, arguments.against, arguments.folder, int(arguments.gigabytes * 1e9), arguments.runs)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 

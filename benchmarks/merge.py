@@ -1,25 +1,20 @@
 """Measures LoRA and safetensors merging against MindFormers' and MindSpore's own, side by side in one run.
 
-    python benchmarks/merge.py [--gigabytes 1] [--runs 3] [--folder /tmp/x] [--json results.json]
+    python benchmarks/merge.py [--gigabytes 1] [--runs 5] [--folder /tmp/x] [--json results.json]
 
-Measured as in compare.py: every run a process of its own, the call alone, medians of interleaved runs.
+Complete float32 weights with LoRA matrices, and the float16 slices of eight ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import runpy
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, Callable
 
-import numpy as np
-from compare import measure
+from harness import add_arguments, interleave, measure, table, work_folder
 from synthetic import llama_parameters, write_checkpoint, write_strategy
 
 from auto_trans import convert
@@ -53,14 +48,15 @@ RUNS: dict[str, dict[str, Callable[[dict[str, Any], Path], None]]] = {
 }
 
 
-def child(name: str, by: str, case: dict[str, Any], target: Path) -> None:
-    """Measures one run in this process and prints the result."""
+def child(by: str, case: dict[str, Any], target: Path) -> None:
+    """Measures one run in this process and prints the sample."""
     if by == "stock":  # imports are not charged
         import mindspore  # noqa: F401
 
-        if name == "LoRA":
+        if case["name"] == "LoRA":
             import mindformers.tools.transform_ckpt  # noqa: F401
-    print("RESULT", json.dumps(measure(RUNS[name][by], case, target)))
+    sample = measure(lambda: RUNS[case["name"]][by](case, target))
+    print(f"\n{json.dumps(sample)}")
 
 
 def prepare(folder: Path, nbytes: int) -> dict[str, dict[str, Any]]:
@@ -84,42 +80,28 @@ def prepare(folder: Path, nbytes: int) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Prepares, runs, and shows a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the weights (default: 1)")
-    parser.add_argument("--runs", type=int, default=3, help="runs of every candidate (default: 3)")
-    parser.add_argument("--folder", type=Path, default=None, help="where to work (default: a temporary folder)")
-    parser.add_argument("--json", type=Path, default=None, help="also write the results there")
+    add_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.folder:
-        arguments.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="auto_trans_benchmark_", dir=arguments.folder))
-    results = []
-    try:
-        cases = prepare(folder, int(arguments.gigabytes * 1e9))
-        print(f"{'merge':<12} {'by':<11} {'wall s':>8} {'CPU s':>8} {'memory MiB':>11}")
-        for name, case in cases.items():
-            samples: dict[str, list[dict[str, float]]] = {by: [] for by in RUNS[name]}
-            for _ in range(arguments.runs):
-                for by in samples:
-                    command = [sys.executable, __file__, "--child", name, by, json.dumps(case), str(folder / "target")]
-                    environ = {**os.environ, "GLOG_v": "3"}
-                    out = subprocess.run(command, check=True, capture_output=True, text=True, env=environ, cwd=folder)
-                    samples[by].append(json.loads(out.stdout.split("RESULT", 1)[1]))
-                    shutil.rmtree(folder / "target")
-            for by, runs in samples.items():
-                median = {key: float(np.median([run[key] for run in runs])) for key in runs[0]}
-                print(
-                    f"{name:<12} {by:<11} {median['wall']:>8.2f} {median['cpu']:>8.2f} {median['memory'] / 2**20:>11.1f}"
-                )
-                results.append({"merge": name, "by": by, "median": median, "samples": runs})
-            sys.stdout.flush()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    results, rows = [], []
+    with work_folder(arguments.folder) as folder:
+        for name, case in prepare(folder, int(arguments.gigabytes * 1e9)).items():
+            found = interleave(
+                __file__, list(RUNS[name]), {"name": name, **case}, arguments.runs, target=folder / "target"
+            )
+            results.append({"merge": name, "by": found})
+            ours = found["auto_trans"]["median"]
+            for by, m in ((by, result["median"]) for by, result in found.items()):
+                row = [f"{name}: {by}", f"{m['wall']:.2f}", f"{m['cpu']:.2f}", f"{m['memory'] / 2**20:.0f}"]
+                ratios = ["", ""] if m is ours else [f"{m[key] / ours[key]:.2f}" for key in ("wall", "cpu")]
+                rows.append([*row, *ratios])
+            print(f"{name} measured", file=sys.stderr, flush=True)
+    print(table(("merge: by", "wall s", "CPU s", "memory MiB", "wall / ours", "CPU / ours"), rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], sys.argv[3], json.loads(sys.argv[4]), Path(sys.argv[5]))
+        child(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
     else:
         main()

@@ -246,7 +246,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
 
 
 def test_killed_half_way_only_what_is_missing_is_done_again(tmp_path):
-    large_source(tmp_path)
+    large_source(tmp_path, mib=1200)
     arguments = f"{str(tmp_path / 'large.ckpt')!r}, {str(tmp_path / 'out')!r}"
     code = f"""
         from core.test_plan import strategy

@@ -60,7 +60,7 @@ def test_replicas_are_linked_by_workers_too(auto_trans, genuine, tmp_path):
 def test_dead_worker_fails_the_whole_and_the_rest_is_resumed(auto_trans, bin_folder, tmp_path):
     from test_convert import large_source
 
-    large_source(tmp_path)
+    large_source(tmp_path, mib=1200)
     from core.test_strategy import strategy_file
 
     strategy_file(tmp_path / "s_rank_0.ckpt", {f"w{i}": ([8], [[0, -1]]) for i in range(8)})
@@ -238,7 +238,7 @@ def test_interrupt_leaves_what_can_be_resumed(auto_trans, bin_folder, tmp_path):
     from core.test_strategy import strategy_file
     from test_convert import large_source
 
-    large_source(tmp_path)
+    large_source(tmp_path, mib=1200)
     strategy_file(tmp_path / "s_rank_0.ckpt", {f"w{i}": ([8], [[0, -1]]) for i in range(8)})
     arguments = ["convert", tmp_path / "large.ckpt", "out", "--dst-strategy", tmp_path / "s_rank_0.ckpt"]
     process = subprocess.Popen(

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Runs all benchmarks one after the other (most of an hour): tables to standard output, samples as JSON to
+# benchmarks/results/. The machine should have nothing else to do. Arguments: a folder on the disk that is to be measured.
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+export GLOG_v=3
+results=$PWD/benchmarks/results
+folder=${1:-$(mktemp -d)}
+mkdir -p "$results"
+python - <<'EOF'
+import datetime, importlib.metadata as metadata, os, platform, psutil
+versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("mindspore", "mindformers", "numpy"))
+memory = psutil.virtual_memory().total / 2**30
+print(f"{datetime.date.today()}; {os.cpu_count()} cores ({platform.machine()}), {memory:.0f} GiB, Linux {platform.release()}; "
+      f"Python {platform.python_version()}, {versions}")
+EOF
+run() { # name of the results, then the command
+    local name=$1
+    shift
+    printf '\n    python benchmarks/%s\n\n' "$*"
+    [ "$name" = plan_scale ] || [[ "$*" == *--folder* ]] || set -- "$@" --folder "$folder"
+    python benchmarks/"$@" --json "$results/$name.json"
+}
+run compare compare.py
+run compare_tmpfs compare.py --only float16 replicas --against cp --folder /dev/shm # without a disk to wait for
+run merge merge.py
+run limits limits.py
+run plan_scale plan_scale.py
