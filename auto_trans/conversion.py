@@ -99,14 +99,12 @@ class Conversion:
         """The files, by default all, that are not there yet for any rank with the same contents."""
         return [f for f in (self.plan.files if files is None else files) if not any(self._there(f))]
 
-    def check(
-        self, neighbours: int = 1, converters: int = 1, files: Optional[Sequence[FilePlan]] = None
-    ) -> None:  # fmt: skip
+    def check(self, neighbours: int = 1, part: float = 1.0, files: Optional[Sequence[FilePlan]] = None) -> None:
         """Checks all that can be checked before any work.
 
         Args:
             neighbours: How many converters like this one share the machine's memory.
-            converters: How many share the disk.
+            part: The part of all that is written to this disk by converters beside this one which the files are.
             files: The files that will be written; all by default.
 
         Raises:
@@ -118,7 +116,7 @@ class Conversion:
         for rank in self.ranks:
             self.folder.check_not_foreign(rank)
         check_memory(self.memory_limit, neighbours)
-        check_disk(self.dst, converters * sum(self.file_size(file) for file in self.todo(files)))
+        check_disk(self.dst, int(sum(self.file_size(file) for file in self.todo(files)) / part))
         for name, ranks in self.plan.replicated.items():
             ends = [self._index.file(rank) for rank in ranks]
             digests = {content_digest(end, name) if name in end.tensors else None for end in ends}
@@ -293,7 +291,7 @@ def run_conversion(
     *,
     by_rank: bool = False,
     neighbours: int = 1,
-    converters: int = 1,
+    part: float = 1.0,
     quiet: bool = False,
     listener: Optional[Callable[[int, int], None]] = None,
     files: Optional[Sequence[FilePlan]] = None,
@@ -305,12 +303,12 @@ def run_conversion(
         engine: ``native`` or ``mindspore``.
         by_rank: Have the mindspore engine use ``transform_checkpoint_by_rank``; the native one has no such difference.
         neighbours: How many converters like this one share the machine's memory.
-        converters: How many share the disk.
+        part: The part of all that converters beside each other write which is written here.
         quiet: Show no progress.
         listener: Told (bytes done, bytes in all).
         files: The files of the plan to take on; all by default, and always with the mindspore engine.
     """
-    conversion.check(neighbours, converters, files)
+    conversion.check(neighbours, part, files)
     conversion.log_plan()
     if engine == "mindspore":
         from auto_trans.mindspore_engine import run_mindspore

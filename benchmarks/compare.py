@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -42,9 +43,7 @@ DP2MP4, DP4MP2 = Parallel("dp2mp4", dp=2, mp=4), Parallel("dp4mp2", dp=4, mp=2)
 SHARDED, RESHARDED = Parallel("dp2mp4+OS", 2, 4, 1, True), Parallel("dp4mp2+OS", 4, 2, 1, True)
 Case = tuple[Optional[Parallel], Optional[Parallel]]  # None: one complete file
 
-CASES: list[Case] = [
-    (MP8, MP4), (None, MP8), (MP4PP2, MP4), (MP8, None), (SHARDED, RESHARDED), (None, SHARDED), (SHARDED, None),
-]  # fmt: skip
+CASES: list[Case] = [(MP8, MP4), (None, MP8), (MP4PP2, MP4), (MP8, None), (SHARDED, RESHARDED), (SHARDED, None)]
 REPLICAS: list[Case] = [(None, DP2MP4), (None, DP4MP2)]
 OTHERS = ("mindspore", "cp", "cp synced")
 # group -> its type, its format, its cases, the candidates beside auto_trans
@@ -128,12 +127,13 @@ def compare(
     others = tuple(name for name in others if name in against)
     shapes = with_moments(llama_parameters(nbytes // 3))
     results = []
-    for case in cases:
-        with work_folder(parent) as folder:
+    with work_folder(parent) as folder:
+        for case in cases:
             facts = prepare(folder, shapes, dtype, form, case)
             found = interleave(__file__, ("auto_trans", *others), facts, runs, target=folder / "target")
-        results.append({"group": group, "case": facts["name"], "bytes": facts["bytes"], "by": found})
-        print(f"{group}: {facts['name']} measured", file=sys.stderr, flush=True)
+            shutil.rmtree(facts["written"])
+            results.append({"group": group, "case": facts["name"], "bytes": facts["bytes"], "by": found})
+            print(f"{group}: {facts['name']} measured", file=sys.stderr, flush=True)
     show(group, results)
     return results
 

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import auto_trans.checkpoint.ckpt as ckpt
-from auto_trans import convert
+from auto_trans import convert, resources
 from auto_trans.checkpoint.files import find_checkpoints
 from auto_trans.checkpoint.manifest import MANIFEST_NAME
-from auto_trans.conversion import Conversion
-from auto_trans.errors import ConfigError, OutputExistsError, SourceChangedError
+from auto_trans.conversion import Conversion, prepare
+from auto_trans.errors import ConfigError, InsufficientDiskError, OutputExistsError, SourceChangedError
 from auto_trans.layout import Layout
 
 
@@ -272,3 +272,16 @@ def test_killed_half_way_only_what_is_missing_is_done_again(tmp_path):
     assert (tmp_path / "out" / MANIFEST_NAME).exists()
     for rank in range(8):
         assert len(list((tmp_path / "out" / f"rank_{rank}").glob("*.ckpt"))) == 1
+
+
+def test_converters_beside_each_other_need_disk_for_every_file_once(genuine, tmp_path, monkeypatch):
+    weights = genuine.model("mf_llama")
+    options = {"dst_strategy": weights.strategy("dp4mp2"), "ranks": [0, 1]}
+    conversion = prepare(genuine.complete("mf_llama"), tmp_path, **options)
+    first, second = (conversion.file_size(file) for file in conversion.plan.files)
+    monkeypatch.setattr(resources, "free_disk", lambda folder: first + second)
+    conversion.check(part=1 / 2, files=conversion.plan.files[:1])
+    conversion.check()
+    with pytest.raises(InsufficientDiskError):
+        conversion.check(part=1 / 4, files=conversion.plan.files[:1])
+    conversion.check(part=1 / 4, files=[])

@@ -55,6 +55,7 @@ class NewFile:
 
     def write(self, data: Union[bytes, memoryview]) -> None:
         """Writes all of ``data``."""
+        self._synced = None
         self._hash.update(data)
         rest = memoryview(data)
         self._written += len(rest)
@@ -90,7 +91,7 @@ class NewFile:
         """Removes the file, unless it is published."""
         self._close()
         with contextlib.suppress(OSError):
-            self._temporary.unlink()
+            self._temporary.unlink()  # not there if it is published
 
     def _close(self) -> None:
         if self._fd >= 0:

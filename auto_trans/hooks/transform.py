@@ -219,10 +219,11 @@ class _Together:
             native = self._settings.engine == "native"
             writers = self._writers(conversion) if native else {}
             own = [f for f in conversion.plan.files if writers.get(f.ranks[0], self._job.rank) == self._job.rank]
+            part = len(own) / len(conversion.plan.replicas) if native and own else 1 / len(self._assignments)
             with contextlib.nullcontext() if native else heartbeat.idle():
                 report = run_conversion(
                     conversion, self._settings.engine, by_rank=by_rank and self._job.world_size > 1,
-                    neighbours=neighbours, converters=len(self._assignments), listener=heartbeat.progress, files=own,
+                    neighbours=neighbours, part=part, listener=heartbeat.progress, files=own,
                 )  # fmt: skip
             if native:
                 report = self._link_others(conversion, report, writers, heartbeat)

@@ -68,7 +68,7 @@ def _transform(arguments: argparse.Namespace) -> Path:
         conversion = Conversion(
             checkpoint, folder / checkpoint.name, source, target, prefix=arguments.prefix, ranks=ranks
         )
-        logger.info("%s", run_conversion(conversion, "native", converters=arguments.transform_process_num))
+        logger.info("%s", run_conversion(conversion, "native", part=1 / arguments.transform_process_num))
     return folder / found[0].name if len(found) == 1 else folder
 
 
