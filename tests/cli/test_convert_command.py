@@ -242,8 +242,10 @@ def test_interrupt_leaves_what_can_be_resumed(auto_trans, bin_folder, tmp_path):
     strategy_file(tmp_path / "s_rank_0.ckpt", {f"w{i}": ([8], [[0, -1]]) for i in range(8)})
     arguments = ["convert", tmp_path / "large.ckpt", "out", "--dst-strategy", tmp_path / "s_rank_0.ckpt"]
     process = subprocess.Popen(
-        [str(bin_folder / "auto-trans"), *map(str, arguments)], cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+        [str(bin_folder / "auto-trans"), *map(str, arguments)], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        # a shell has what it starts in the background, and all its children, ignore the interrupt
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     while not list(tmp_path.glob("out/.auto_trans_records/*.json")):
         assert process.poll() is None
         time.sleep(0.002)
