@@ -91,10 +91,6 @@ class _Cursor:
         )
 
     def varint(self) -> int:
-        at = self.position - self._start
-        if 0 <= at < len(self._window) and (first := self._window[at]) < 0x80 and self.position < self.end:
-            self.position += 1  # by far most numbers are of one byte
-            return first
         value = shift = 0
         while True:
             byte = self._take(1)[0]
