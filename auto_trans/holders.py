@@ -128,9 +128,9 @@ class Holders:
             )
         return names
 
-    def meta(self, name: str) -> TensorMeta:
-        """What the files hold of a parameter; alike in all of them."""
-        return self._index.tensors(self.names[name])[name]
+    def meta(self, name: str, rank: Optional[int] = None) -> TensorMeta:
+        """What a rank's file, by default that of the rank in `names`, holds of a parameter."""
+        return self._index.tensors(self.names[name] if rank is None else rank)[name]
 
     def stage(self, name: str) -> int:
         """The stage whose slices of a parameter are read: that of the rank which was found to hold it."""
@@ -155,7 +155,7 @@ class Holders:
                 f"slice {list(cell)} of parameter {name} is held by source rank {', '.join(map(str, owners))} only, of "
                 f"which no file is there that holds it; copy the missing rank folders to the source"
             )
-        meta, expected = self._index.tensors(rank)[name], self.meta(name)
+        meta, expected = self.meta(name, rank), self.meta(name)
         if meta is not expected and (meta.shape, meta.dtype) != (expected.shape, expected.dtype):
             raise PlanError(
                 f"parameter {name} is {list(meta.shape)} {meta.dtype} in {self._index.describe(rank)} but "

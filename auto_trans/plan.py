@@ -246,9 +246,10 @@ class _Planner:
         for name, layout in layouts.items():
             yield self._sliced_tensor(name, layout, local)
         for name in self._carried:
-            meta = self._holders.meta(name)
+            owner = self._holders.carried_from(name, local)
+            meta = self._holders.meta(name, owner)
             start = (0,) * len(meta.shape)
-            whole = Copy(self._holders.carried_from(name, local), start, Box.whole(meta.shape))
+            whole = Copy(owner, start, Box.whole(meta.shape))
             yield TensorPlan(name, meta.dtype, meta.dims, meta.shape, meta.nbytes, (whole,), start)
 
     def _sliced_tensor(self, name: str, layout: Layout, local: int) -> TensorPlan:

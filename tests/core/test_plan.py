@@ -265,3 +265,13 @@ def test_unknown_target_ranks_are_refused(ranks):
     a = strategy({"w": MP2})
     with pytest.raises(ConfigError, match="ranks 0 to 1"):
         plan_conversion(a, a, Index(hold({"w": np.arange(4)}, a)), ranks)
+
+
+def test_carried_parameter_has_the_shape_that_it_has_at_its_own_rank():
+    """Ranks 0 and 3, which are compared, agree; rank 1 between them has more."""
+    layouts = {"w": Layout((4,), ((0,),))}
+    held = hold({"w": np.arange(8), "history": np.arange(3)}, strategy(layouts))
+    held[1]["history"] = np.arange(5)
+    index = Index(held)
+    made = run(plan_conversion(strategy(layouts), strategy(layouts), index), index)
+    assert [made[rank]["history"].tolist() for rank in range(4)] == [list(range(n)) for n in (3, 5, 3, 3)]
