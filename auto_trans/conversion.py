@@ -32,7 +32,7 @@ from auto_trans.resources import check_disk, check_memory
 from auto_trans.source import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
 from auto_trans.strategy import Strategy
 
-__all__ = ["Conversion", "ConversionReport", "convert", "prepare", "run_conversion"]
+__all__ = ["Conversion", "convert", "prepare", "run_conversion"]
 
 
 class Conversion:

@@ -75,8 +75,7 @@ class Executor:
             SourceChangedError: A source file was written to since it was scanned.
             OutputError: The file cannot be written.
         """
-        out = NewFile(path)
-        try:
+        with NewFile(path) as out:
             for tensor, records in format.encode(plan.tensors):
                 writer = _RecordWriter(out, tensor, records)
                 for box, part in self.parts(tensor):
@@ -84,9 +83,6 @@ class Executor:
                     self._progress(part.nbytes)
                 writer.close()
             self._check_unchanged({copy.rank for tensor in plan.tensors for copy in tensor.copies})
-        except BaseException:
-            out.discard()
-            raise
         return out
 
     def parts(self, tensor: TensorPlan) -> Iterator[tuple[Box, memoryview]]:

@@ -51,8 +51,7 @@ def run_mindspore(conversion: Conversion, *, by_rank: bool) -> ConversionReport:
         todo = [rank for rank in conversion.ranks if rank not in {record.rank for record in reused}]
         made = _transform(conversion, todo, Path(scratch), by_rank) if todo else {}
         for rank in todo:
-            out = NewFile(folder.file(rank))
-            with open(made[rank], "rb") as source:
+            with open(made[rank], "rb") as source, NewFile(folder.file(rank)) as out:
                 while part := source.read(_COPY_BYTES):
                     out.write(part)
             written += folder.publish(out, [rank])

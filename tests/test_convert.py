@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 import auto_trans.checkpoint.ckpt as ckpt
 from auto_trans import convert, resources
+from auto_trans.checkpoint import publish
 from auto_trans.checkpoint.files import find_checkpoints
 from auto_trans.checkpoint.manifest import MANIFEST_NAME
 from auto_trans.conversion import Conversion, prepare
@@ -285,3 +287,14 @@ def test_converters_beside_each_other_need_disk_for_every_file_once(genuine, tmp
     with pytest.raises(InsufficientDiskError):
         conversion.check(part=1 / 4, files=conversion.plan.files[:1])
     conversion.check(part=1 / 4, files=[])
+
+
+def test_mindspore_engine_leaves_nothing_half_written(genuine, tmp_path, monkeypatch):
+    def full(fd, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    strategy_file = genuine.model("mf_llama").strategy("dp1mp2")
+    monkeypatch.setattr(publish.os, "write", full)
+    with pytest.raises(InsufficientDiskError, match=r"checkpoint_0\.ckpt cannot be written"):
+        convert(genuine.complete("mf_llama"), tmp_path, None, strategy_file, engine="mindspore")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -29,6 +29,7 @@ class NewFile:
     """A file under a temporary name in its final folder, which is made if missing.
 
     It is digested while it is written, and the disk is kept busy meanwhile, so that little is left to wait for in the end.
+    As a context it removes itself if an exception leaves it; without one it stays as it is, published or yet to be.
 
     Args:
         path: Its final name, which it gets from `publish`, once complete and on the disk.
@@ -47,6 +48,13 @@ class NewFile:
         with _output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, exc_type: Any, *exc: object) -> None:
+        if exc_type is not None:
+            self.discard()
 
     @property
     def digest(self) -> str:
@@ -78,14 +86,11 @@ class NewFile:
 
     def publish(self) -> None:
         """Gives the file its name, once it is on the disk; if that fails, nothing is left of it."""
-        try:
+        with self:
             self.sync()
             with _output_errors(self.path):
                 self._close()
                 _commit(self._temporary, self.path)
-        except BaseException:
-            self.discard()
-            raise
 
     def discard(self) -> None:
         """Removes the file, unless it is published."""
@@ -107,13 +112,9 @@ def new_file(path: Path) -> Iterator[NewFile]:
         InsufficientDiskError: The disk is full.
         OutputError: The file cannot be written.
     """
-    out = NewFile(path)
-    try:
+    with NewFile(path) as out:
         yield out
         out.publish()
-    except BaseException:
-        out.discard()
-        raise
 
 
 class Publisher(Generic[T]):

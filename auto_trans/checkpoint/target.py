@@ -57,16 +57,13 @@ class TargetFolder:
         Returns:
             The records of the ranks' files.
         """
-        try:
+        with out:
             stat = out.sync()
             first = FileRecord(ranks[0], self._name(ranks[0]), stat.st_size, stat.st_mtime_ns, out.digest)
             records = self._records(first, ranks)
             with self.manifest.adding(records):
                 out.publish()
                 self._replicate(first, ranks[1:])
-        except BaseException:
-            out.discard()
-            raise
         return records
 
     def replicate(self, original: FileRecord, ranks: Sequence[int]) -> list[FileRecord]:
