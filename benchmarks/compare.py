@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from harness import add_arguments, interleave, measure, table, work_folder
+from harness import Sample, add_arguments, dispatch, interleave, measure, table, work_folder
 from synthetic import Shapes, llama_parameters, with_moments, write_checkpoint, write_strategy
 
 from auto_trans import convert, merge_strategies
@@ -77,12 +77,11 @@ def run(name: str, case: dict[str, Any], target: Path) -> None:
         subprocess.run(["sync", *files], check=True)
 
 
-def child(name: str, case: dict[str, Any], target: Path) -> None:
-    """Measures one run in this process and prints the sample."""
+def child(name: str, case: dict[str, Any], target: Path) -> Sample:
+    """Measures one run in this process."""
     if name == "mindspore":
         import mindspore  # noqa: F401 - its import is not charged
-    sample = measure(lambda: run(name, case, target))
-    print(json.dumps(sample))
+    return measure(lambda: run(name, case, target))
 
 
 def prepare(folder: Path, shapes: Shapes, dtype: str, form: str, case: Case) -> dict[str, Any]:
@@ -175,7 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        main()
+    dispatch(child, main)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-__all__ = ["Sample", "add_arguments", "interleave", "measure", "table", "work_folder"]
+__all__ = ["Sample", "add_arguments", "dispatch", "interleave", "measure", "table", "work_folder"]
 
 Sample = dict[str, float]
 
@@ -44,6 +44,14 @@ def measure(run: Callable[[], Any]) -> Sample:
     done.set()
     watcher.join()
     return {**sample, "memory": (max(peak, _anonymous()) - before) * 1024.0}
+
+
+def dispatch(child: Callable[[str, dict[str, Any], Path], Sample], main: Callable[[], None]) -> None:
+    """Runs a benchmark's ``main``, or in the processes that `interleave` starts its ``child``, and prints the sample."""
+    if sys.argv[1:2] != ["--child"]:
+        return main()
+    sample = child(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
+    print(f"\n{json.dumps(sample)}")  # some tools leave their last line open
 
 
 def interleave(

@@ -17,11 +17,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import add_arguments, interleave, measure, table, work_folder
+from harness import Sample, add_arguments, dispatch, interleave, measure, table, work_folder
 from synthetic import llama_parameters, with_moments, write_checkpoint, write_strategy
 
 from auto_trans import convert
@@ -36,23 +35,17 @@ _STARTS = {
 }
 
 
-def child(name: str, case: dict[str, Any], target: Path) -> None:
-    """Measures one run in this process and prints the sample."""
+def child(name: str, case: dict[str, Any], target: Path) -> Sample:
+    """Measures one run in this process."""
     source, strategy = case["source"], case["strategy"]
     if name.startswith("rank"):
         _forget(Path(source))
         sample = measure(lambda: convert(source, target, None, strategy, ranks=[0]))
-        sample["written"] = (target / "rank_0" / "checkpoint_0.ckpt").stat().st_size
-    elif name.startswith("process"):
-        processes = int(name.split()[1])
-        sample = measure(
-            lambda: run_with_workers(
-                prepare(source, target, None, strategy, prefix="checkpoint_"), processes, quiet=True
-            )
-        )
-    else:
-        sample = measure(lambda: convert(source, target, None, strategy, memory_limit=name))
-    print(json.dumps(sample))
+        return {**sample, "written": (target / "rank_0" / "checkpoint_0.ckpt").stat().st_size}
+    if name.startswith("process"):
+        number = int(name.split()[1])
+        return measure(lambda: run_with_workers(prepare(source, target, None, strategy), number, quiet=True))
+    return measure(lambda: convert(source, target, None, strategy, memory_limit=name))
 
 
 def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -136,12 +129,12 @@ def _forget(path: Path) -> None:
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
     """Measures all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--tmpfs", type=Path, default=Path("/dev/shm"), help="folder in memory (default: /dev/shm)")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args()
     results = {
         "start-up": start_up(arguments.runs),
         "one rank of 64": one_rank(arguments),
@@ -153,7 +146,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        main(sys.argv[1:])
+    dispatch(child, main)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
-from harness import add_arguments, interleave, measure, table, work_folder
+from harness import Sample, add_arguments, dispatch, interleave, measure, table, work_folder
 from synthetic import llama_parameters, write_checkpoint, write_strategy
 
 from auto_trans import convert
@@ -48,15 +48,14 @@ RUNS: dict[str, dict[str, Callable[[dict[str, Any], Path], None]]] = {
 }
 
 
-def child(by: str, case: dict[str, Any], target: Path) -> None:
-    """Measures one run in this process and prints the sample."""
+def child(by: str, case: dict[str, Any], target: Path) -> Sample:
+    """Measures one run in this process."""
     if by == "stock":  # imports are not charged
         import mindspore  # noqa: F401
 
         if case["name"] == "LoRA":
             import mindformers.tools.transform_ckpt  # noqa: F401
-    sample = measure(lambda: RUNS[case["name"]][by](case, target))
-    print(f"\n{json.dumps(sample)}")
+    return measure(lambda: RUNS[case["name"]][by](case, target))
 
 
 def prepare(folder: Path, nbytes: int) -> dict[str, dict[str, Any]]:
@@ -101,7 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        child(sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]))
-    else:
-        main()
+    dispatch(child, main)
