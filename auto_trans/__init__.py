@@ -7,23 +7,23 @@ not pay for more.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from auto_trans.conversion import convert as convert
+    from auto_trans.core.strategy import Strategy as Strategy
     from auto_trans.errors import AutoTransError as AutoTransError
     from auto_trans.hooks.patches import install as install
     from auto_trans.report import ConversionReport as ConversionReport
-    from auto_trans.strategy import Strategy as Strategy
-    from auto_trans.strategy_files import merge_strategies as merge_strategies
-    from auto_trans.strategy_files import read_strategy as read_strategy
+    from auto_trans.storage.strategies import merge_strategies as merge_strategies
+    from auto_trans.storage.strategies import read_strategy as read_strategy
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "AutoTransError": "auto_trans.errors",
     "ConversionReport": "auto_trans.report",
-    "Strategy": "auto_trans.strategy",
+    "Strategy": "auto_trans.core.strategy",
     "convert": "auto_trans.conversion",
     "install": "auto_trans.hooks.patches",
-    "merge_strategies": "auto_trans.strategy_files",
-    "read_strategy": "auto_trans.strategy_files",
+    "merge_strategies": "auto_trans.storage.strategies",
+    "read_strategy": "auto_trans.storage.strategies",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

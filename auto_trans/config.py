@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Optional, Union
 
 from auto_trans.errors import ConfigError, ConfigTypeError
-from auto_trans.resources import parse_bytes
+from auto_trans.sizes import parse_bytes
 
 __all__ = ["DEFAULT_MEMORY", "DEFAULT_TIMING", "ENGINES", "AutoTransConfig", "Timing", "parse_engine", "parse_memory"]
 

@@ -15,22 +15,22 @@ from typing import Any, Callable, Optional, Union
 
 import xxhash
 
-from auto_trans.checkpoint.files import SourceCheckpoint
-from auto_trans.checkpoint.formats import encoded_size, parse_format
-from auto_trans.checkpoint.index import content_digest
-from auto_trans.checkpoint.manifest import FileRecord
-from auto_trans.checkpoint.publish import Publisher
-from auto_trans.checkpoint.target import TargetFolder
 from auto_trans.config import DEFAULT_MEMORY, parse_engine, parse_memory
+from auto_trans.core.plan import ConversionPlan, FilePlan, plan_conversion
+from auto_trans.core.strategy import Strategy
+from auto_trans.engine.native import DEFAULT_BUFFER_BYTES, Adapt, Executor
 from auto_trans.errors import ConfigError, PlanError
-from auto_trans.execute import DEFAULT_BUFFER_BYTES, Adapt, Executor
 from auto_trans.log import logger
-from auto_trans.plan import ConversionPlan, FilePlan, plan_conversion
 from auto_trans.progress import Meter
 from auto_trans.report import ConversionReport
-from auto_trans.resources import check_disk, check_memory
-from auto_trans.source import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
-from auto_trans.strategy import Strategy
+from auto_trans.storage.capacity import check_disk, check_memory
+from auto_trans.storage.files import Publisher
+from auto_trans.storage.formats import encoded_size, parse_format
+from auto_trans.storage.formats.index import content_digest
+from auto_trans.storage.manifest import FileRecord
+from auto_trans.storage.scanned import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
+from auto_trans.storage.sources import SourceCheckpoint
+from auto_trans.storage.targets import TargetFolder
 
 __all__ = ["Conversion", "convert", "prepare", "run_conversion"]
 
@@ -311,7 +311,7 @@ def run_conversion(
     conversion.check(neighbours, part, files)
     conversion.log_plan()
     if engine == "mindspore":
-        from auto_trans.mindspore_engine import run_mindspore
+        from auto_trans.engine.mindspore import run_mindspore
 
         return run_mindspore(conversion, by_rank=by_rank)
     return conversion.run(quiet=quiet, listener=listener, files=files)

@@ -11,18 +11,18 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Optional
 
-from auto_trans.checkpoint.ckpt import compute_crc
-from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints
-from auto_trans.checkpoint.formats import scan
-from auto_trans.checkpoint.index import CheckpointIndex
 from auto_trans.conversion import Conversion
 from auto_trans.coordination.election import elect
+from auto_trans.core.layout import Layout
+from auto_trans.core.strategy import Strategy
+from auto_trans.core.work import loads, process_nums, read_bytes
 from auto_trans.errors import AutoTransError, CorruptCheckpointError
-from auto_trans.layout import Layout
-from auto_trans.resources import available_memory, free_disk
-from auto_trans.shares import loads, process_nums, read_bytes
-from auto_trans.strategy import Strategy
-from auto_trans.strategy_files import read_strategy
+from auto_trans.storage.capacity import available_memory, free_disk
+from auto_trans.storage.formats import scan
+from auto_trans.storage.formats.ckpt import compute_crc
+from auto_trans.storage.formats.index import CheckpointIndex
+from auto_trans.storage.sources import SourceCheckpoint, find_checkpoints
+from auto_trans.storage.strategies import read_strategy
 
 __all__ = [
     "advise",

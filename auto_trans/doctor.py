@@ -16,17 +16,18 @@ from typing import Any, Optional
 import filelock
 import yaml
 
-from auto_trans.checkpoint.clean import check_cleanable
-from auto_trans.checkpoint.formats import scan
 from auto_trans.config import AutoTransConfig
 from auto_trans.coordination.election import Assignment, elect
 from auto_trans.coordination.files import read_json, write_json
+from auto_trans.core.plan import plan_conversion
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import AutoTransError
 from auto_trans.hooks.patches import KNOWN_VERSIONS
-from auto_trans.plan import plan_conversion
-from auto_trans.resources import available_memory, format_bytes, free_disk
-from auto_trans.source import ScannedSource, as_strategy, find_source
-from auto_trans.strategy import Strategy
+from auto_trans.sizes import format_bytes
+from auto_trans.storage.capacity import available_memory, free_disk
+from auto_trans.storage.clean import check_cleanable
+from auto_trans.storage.formats import scan
+from auto_trans.storage.scanned import ScannedSource, as_strategy, find_source
 
 __all__ = ["Check", "examine", "probe_file_system"]
 

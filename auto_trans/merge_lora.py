@@ -16,13 +16,13 @@ import numpy as np
 
 from auto_trans.config import parse_memory
 from auto_trans.conversion import Conversion
+from auto_trans.core.layout import Box, Shape
+from auto_trans.core.plan import TensorPlan, plan_conversion
+from auto_trans.core.strategy import Strategy
+from auto_trans.engine.native import Executor
 from auto_trans.errors import ConfigError, OutputExistsError, PlanError
-from auto_trans.execute import Executor
-from auto_trans.layout import Box, Shape
-from auto_trans.plan import TensorPlan, plan_conversion
 from auto_trans.report import ConversionReport
-from auto_trans.source import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
-from auto_trans.strategy import Strategy
+from auto_trans.storage.scanned import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
 
 __all__ = ["LoraPair", "find_pairs", "is_lora", "merge_lora", "parse_scaling"]
 

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from auto_trans.checkpoint.formats import FORMATS, encoded_size
-from auto_trans.checkpoint.index import content_digest
-from auto_trans.checkpoint.publish import Publisher, write_json
 from auto_trans.config import parse_memory
+from auto_trans.core.plan import FilePlan, TensorPlan, plan_conversion
+from auto_trans.core.strategy import Strategy
+from auto_trans.engine.native import DEFAULT_BUFFER_BYTES, Executor
 from auto_trans.errors import ConfigError, OutputExistsError, PlanError
-from auto_trans.execute import DEFAULT_BUFFER_BYTES, Executor
 from auto_trans.log import logger
-from auto_trans.plan import FilePlan, TensorPlan, plan_conversion
 from auto_trans.progress import Meter
-from auto_trans.resources import check_disk, check_memory
-from auto_trans.source import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
-from auto_trans.strategy import Strategy
+from auto_trans.storage.capacity import check_disk, check_memory
+from auto_trans.storage.files import Publisher, write_json
+from auto_trans.storage.formats import FORMATS, encoded_size
+from auto_trans.storage.formats.index import content_digest
+from auto_trans.storage.scanned import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
 
 __all__ = ["HYPER_PARAMETERS", "MergeReport", "merge_safetensors", "parse_shard_size"]
 

@@ -10,12 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Optional
 
-from auto_trans.checkpoint.files import SourceCheckpoint
-from auto_trans.checkpoint.publish import new_file
+from auto_trans.core.layout import Layout
+from auto_trans.core.strategy import Strategy
 from auto_trans.describe import parameter_shapes, sliced_how
 from auto_trans.errors import ConfigError
-from auto_trans.layout import Layout
-from auto_trans.strategy import Strategy
+from auto_trans.storage.files import new_file
+from auto_trans.storage.sources import SourceCheckpoint
 
 __all__ = ["write_page"]
 

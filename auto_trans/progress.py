@@ -9,7 +9,7 @@ from typing import Callable, Optional
 from tqdm import tqdm
 
 from auto_trans.log import logger
-from auto_trans.resources import format_bytes
+from auto_trans.sizes import format_bytes
 
 __all__ = ["Meter"]
 

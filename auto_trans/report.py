@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from auto_trans.checkpoint.manifest import FileRecord
-from auto_trans.resources import format_bytes
+from auto_trans.sizes import format_bytes
+from auto_trans.storage.manifest import FileRecord
 
 __all__ = ["ConversionReport"]
 

@@ -17,13 +17,13 @@ from typing import Any, BinaryIO, Optional
 import numpy as np
 import xxhash
 
-from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints
-from auto_trans.checkpoint.formats import scan
-from auto_trans.checkpoint.index import CheckpointIndex, StoredTensor
-from auto_trans.checkpoint.manifest import MANIFEST_NAME
+from auto_trans.core.layout import Box, Layout, Shape, split_box
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import CheckpointNotFoundError, LayoutError
-from auto_trans.layout import Box, Layout, Shape, split_box
-from auto_trans.strategy import Strategy
+from auto_trans.storage.formats import scan
+from auto_trans.storage.formats.index import CheckpointIndex, StoredTensor
+from auto_trans.storage.manifest import MANIFEST_NAME
+from auto_trans.storage.sources import SourceCheckpoint, find_checkpoints
 
 __all__ = ["Difference", "verify_against", "verify_digests"]
 

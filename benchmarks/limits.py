@@ -25,8 +25,8 @@ from synthetic import llama_parameters, with_moments, write_checkpoint, write_st
 
 from auto_trans import convert
 from auto_trans.conversion import prepare
-from auto_trans.resources import format_bytes
-from auto_trans.workers import run_with_workers
+from auto_trans.engine.workers import run_with_workers
+from auto_trans.sizes import format_bytes
 
 _STARTS = {
     "python -c pass": ["-c", "pass"],

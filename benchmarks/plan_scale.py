@@ -27,11 +27,11 @@ from typing import Any
 from harness import table
 
 from auto_trans.coordination.election import elect
-from auto_trans.layout import Layout
-from auto_trans.plan import plan_conversion
-from auto_trans.resources import format_bytes
-from auto_trans.shares import loads
-from auto_trans.strategy import Strategy
+from auto_trans.core.layout import Layout
+from auto_trans.core.plan import plan_conversion
+from auto_trans.core.strategy import Strategy
+from auto_trans.core.work import loads
+from auto_trans.sizes import format_bytes
 
 _HIDDEN, _FEED, _VOCABULARY, _KV = 16384, 53248, 128256, 1024
 _SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}

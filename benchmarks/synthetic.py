@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from auto_trans.checkpoint.formats import FORMATS
-from auto_trans.plan import TensorPlan
-from auto_trans.strategy_pb import ParallelStrategyMap
+from auto_trans.core.plan import TensorPlan
+from auto_trans.storage.formats import FORMATS
+from auto_trans.storage.strategy_pb import ParallelStrategyMap
 
 __all__ = ["Shapes", "llama_parameters", "with_moments", "write_checkpoint", "write_strategy"]
 

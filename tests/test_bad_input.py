@@ -16,8 +16,7 @@ import oracle
 import psutil
 import pytest
 
-from auto_trans import convert, resources
-from auto_trans.checkpoint.ckpt import scan
+from auto_trans import convert
 from auto_trans.errors import (
     AutoTransError,
     CheckpointNotFoundError,
@@ -32,6 +31,8 @@ from auto_trans.errors import (
     StrategyNotFoundError,
     UnsupportedCheckpointError,
 )
+from auto_trans.storage import capacity as resources
+from auto_trans.storage.formats.ckpt import scan
 
 CASE, TARGET = "dp2mp2pp2", "dp2mp2"
 
@@ -152,7 +153,7 @@ def test_strategy_of_another_job_of_the_same_model(case, snapshot):
 
 
 def test_parameter_in_the_checkpoint_but_not_in_its_strategy(case, snapshot, tmp_path):
-    from auto_trans.strategy_pb import ParallelStrategyMap
+    from auto_trans.storage.strategy_pb import ParallelStrategyMap
 
     stripped = tmp_path / "stripped"
     stripped.mkdir()
@@ -171,7 +172,7 @@ def test_parameter_in_the_checkpoint_but_not_in_its_strategy(case, snapshot, tmp
 
 
 def test_shapes_that_do_not_divide(case, snapshot, tmp_path):
-    from core.test_strategy import strategy_file
+    from storage.test_strategies import strategy_file
 
     names = {name: ([3], [[0] + [-1] * (a.ndim - 1)]) for name, a in case.weights.full.items() if a.size > 1}
     target = strategy_file(tmp_path / "three_rank_0.ckpt", names)
@@ -179,7 +180,7 @@ def test_shapes_that_do_not_divide(case, snapshot, tmp_path):
 
 
 def test_uneven_layout(case, snapshot, tmp_path):
-    from core.test_strategy import strategy_file
+    from storage.test_strategies import strategy_file
 
     names = {name: ([2], [[-1] * a.ndim]) for name, a in case.weights.full.items() if a.size > 1}
     target = strategy_file(tmp_path / "u_rank_0.ckpt", names, field=4)

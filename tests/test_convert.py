@@ -18,14 +18,15 @@ from core.test_plan import conversions, hold, strategy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import auto_trans.checkpoint.ckpt as ckpt
-from auto_trans import convert, resources
-from auto_trans.checkpoint import publish
-from auto_trans.checkpoint.files import find_checkpoints
-from auto_trans.checkpoint.manifest import MANIFEST_NAME
+import auto_trans.storage.formats.ckpt as ckpt
+from auto_trans import convert
 from auto_trans.conversion import Conversion, prepare
+from auto_trans.core.layout import Layout
 from auto_trans.errors import ConfigError, InsufficientDiskError, OutputExistsError, SourceChangedError
-from auto_trans.layout import Layout
+from auto_trans.storage import capacity as resources
+from auto_trans.storage import files as publish
+from auto_trans.storage.manifest import MANIFEST_NAME
+from auto_trans.storage.sources import find_checkpoints
 
 
 def save(folder, held, dtype=np.float32):
@@ -225,7 +226,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
         import threading, time
         from core.test_plan import strategy
         from auto_trans import convert
-        from auto_trans.layout import Layout
+        from auto_trans.core.layout import Layout
         peak = 0
         def anonymous():
             fields = dict(line.split(":") for line in open("/proc/self/status"))
@@ -253,7 +254,7 @@ def test_killed_half_way_only_what_is_missing_is_done_again(tmp_path):
     code = f"""
         from core.test_plan import strategy
         from auto_trans import convert
-        from auto_trans.layout import Layout
+        from auto_trans.core.layout import Layout
         layouts = {{f"w{{i}}": Layout((8,), ((0,), ())) for i in range(8)}}
         report = convert({arguments}, None, strategy(layouts))
         print(len(report.converted), len(report.reused))

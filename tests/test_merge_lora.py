@@ -14,8 +14,8 @@ import pytest
 from core.test_plan import hold, strategy
 
 import auto_trans
+from auto_trans.core.layout import Layout
 from auto_trans.errors import ConfigError, OutputExistsError, PlanError
-from auto_trans.layout import Layout
 from auto_trans.merge_lora import find_pairs, is_lora, merge_lora, parse_scaling
 
 RNG = np.random.default_rng(11)

@@ -82,8 +82,8 @@ def parse_ranks(text: Optional[str]) -> Optional[list[int]]:
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.config import parse_memory
     from auto_trans.conversion import Conversion, run_conversion
-    from auto_trans.source import as_strategy, find_source
-    from auto_trans.workers import run_with_workers
+    from auto_trans.engine.workers import run_with_workers
+    from auto_trans.storage.scanned import as_strategy, find_source
 
     source, target = as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy)
     found = find_source(arguments.src, source, step=arguments.step)
@@ -127,7 +127,7 @@ def _facts(report: Any) -> dict[str, Any]:
 
 
 def _verify(conversion: Any, source: Any, target: Any) -> bool:
-    from auto_trans.resources import format_bytes
+    from auto_trans.sizes import format_bytes
     from auto_trans.verify import verify_against
 
     wrong, compared = verify_against(
@@ -142,7 +142,7 @@ def _verify(conversion: Any, source: Any, target: Any) -> bool:
 
 def _show_plan(conversion: Any, as_json: bool) -> bool:
     from auto_trans.describe import describe_plan
-    from auto_trans.resources import format_bytes
+    from auto_trans.sizes import format_bytes
 
     plan = describe_plan(conversion)
     if as_json:
@@ -177,7 +177,7 @@ def _show_plan(conversion: Any, as_json: bool) -> bool:
 
 
 def _show_advice(advice: list[dict[str, Any]]) -> None:
-    from auto_trans.resources import format_bytes
+    from auto_trans.sizes import format_bytes
 
     if not advice:
         return

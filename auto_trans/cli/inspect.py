@@ -44,9 +44,9 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from auto_trans.core.strategy import Strategy
     from auto_trans.describe import describe_checkpoint, read_path
-    from auto_trans.strategy import Strategy
-    from auto_trans.strategy_files import read_strategy
+    from auto_trans.storage.strategies import read_strategy
 
     found = read_path(arguments.path)
     if isinstance(found, Strategy):
@@ -63,9 +63,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _show_strategy(arguments: argparse.Namespace, strategy: Any, other: Optional[Any]) -> None:
-    from auto_trans.checkpoint.files import find_checkpoints
     from auto_trans.describe import describe_strategy, differences
     from auto_trans.page import write_page
+    from auto_trans.storage.sources import find_checkpoints
 
     weights = find_checkpoints(arguments.weights)[0] if arguments.weights else None
     facts = describe_strategy(strategy, weights, arguments.param)
@@ -87,7 +87,7 @@ def _show_strategy(arguments: argparse.Namespace, strategy: Any, other: Optional
 
 
 def _print_strategy(facts: dict[str, Any]) -> None:
-    from auto_trans.resources import format_bytes
+    from auto_trans.sizes import format_bytes
 
     stages = facts["stages"]
     print(f"{facts['strategy']}: {facts['world_size']} ranks in {stages} stage{'s' * (stages > 1)}\n")
@@ -109,7 +109,7 @@ def _print_strategy(facts: dict[str, Any]) -> None:
 
 
 def _show_checkpoint(facts: dict[str, Any]) -> None:
-    from auto_trans.resources import format_bytes
+    from auto_trans.sizes import format_bytes
 
     print(f"{facts['checkpoint']} ({facts['format']})\n")
     rows = [

@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.merge_safetensors import merge_safetensors
-    from auto_trans.resources import format_bytes
+    from auto_trans.sizes import format_bytes
 
     report = merge_safetensors(
         arguments.src, arguments.dst, arguments.src_strategy, file_suffix=arguments.file_suffix,

@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from auto_trans.strategy_files import merge_strategies, read_strategy
+    from auto_trans.storage.strategies import merge_strategies, read_strategy
 
     strategy = read_strategy(arguments.dir)
     print(f"{merge_strategies(arguments.dir, arguments.out)}: {strategy.world_size} ranks in {strategy.stages} stages")

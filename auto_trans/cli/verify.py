@@ -40,8 +40,8 @@ def add_parser(subparsers: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.errors import ConfigError
-    from auto_trans.resources import format_bytes
-    from auto_trans.source import as_strategy, find_source
+    from auto_trans.sizes import format_bytes
+    from auto_trans.storage.scanned import as_strategy, find_source
     from auto_trans.verify import verify_against, verify_digests
 
     if arguments.against is None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Callable, Optional
 
-from auto_trans.checkpoint.clean import check_cleanable, clean_folders
-from auto_trans.checkpoint.formats import scan
 from auto_trans.config import AutoTransConfig
 from auto_trans.hooks.job import Job
 from auto_trans.log import logger
-from auto_trans.source import as_strategy, find_source
+from auto_trans.storage.clean import check_cleanable, clean_folders
+from auto_trans.storage.formats import scan
+from auto_trans.storage.scanned import as_strategy, find_source
 
 __all__ = ["clear_auto_trans_output"]
 

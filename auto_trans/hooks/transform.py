@@ -9,22 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-from auto_trans.checkpoint.files import SourceCheckpoint, rank_file
-from auto_trans.checkpoint.publish import write_json
 from auto_trans.config import AutoTransConfig
 from auto_trans.conversion import Conversion, run_conversion
 from auto_trans.coordination.barrier import Heartbeat, wait_until
 from auto_trans.coordination.election import Assignment, elect
 from auto_trans.coordination.session import LEADER, Session
+from auto_trans.core.strategy import Strategy, describe_difference, same_slices
+from auto_trans.core.work import assign_writers
 from auto_trans.errors import CoordinationError, OutputError, StrategyError, StrategyNotFoundError
 from auto_trans.hooks.job import Job
 from auto_trans.log import logger
 from auto_trans.report import ConversionReport
-from auto_trans.resources import format_bytes
-from auto_trans.shares import assign_writers
-from auto_trans.source import as_strategy, find_source
-from auto_trans.strategy import Strategy, describe_difference, same_slices
-from auto_trans.strategy_files import merge_strategies, read_strategy
+from auto_trans.sizes import format_bytes
+from auto_trans.storage.files import write_json
+from auto_trans.storage.scanned import as_strategy, find_source
+from auto_trans.storage.sources import SourceCheckpoint, rank_file
+from auto_trans.storage.strategies import merge_strategies, read_strategy
 
 __all__ = ["REPORT_NAME", "TransformCkpt", "convert_together"]
 

@@ -24,7 +24,7 @@ if __package__ in (None, ""):  # run by its path from a checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from auto_trans.merge_safetensors import merge_safetensors
-from auto_trans.strategy_files import remerge_strategies
+from auto_trans.storage.strategies import remerge_strategies
 from auto_trans.tools.script import boolean, run_script, script_parser
 
 __all__ = ["main"]

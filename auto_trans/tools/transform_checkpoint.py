@@ -23,10 +23,10 @@ if __package__ in (None, ""):  # run by its path from a checkout
 
 from auto_trans.conversion import Conversion, run_conversion
 from auto_trans.coordination.election import elect
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError
 from auto_trans.log import logger
-from auto_trans.source import as_strategy, find_source
-from auto_trans.strategy import Strategy
+from auto_trans.storage.scanned import as_strategy, find_source
 from auto_trans.tools.script import boolean, run_script, script_parser
 
 __all__ = ["main"]

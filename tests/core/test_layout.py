@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from auto_trans.core.layout import Box, Layout, split_box
 from auto_trans.errors import LayoutError
-from auto_trans.layout import Box, Layout, split_box
 
 
 @st.composite

@@ -9,10 +9,10 @@ from core.test_layout import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from auto_trans.core.layout import Layout
+from auto_trans.core.plan import plan_conversion
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError, MissingSliceError, PlanError
-from auto_trans.layout import Layout
-from auto_trans.plan import plan_conversion
-from auto_trans.strategy import Strategy
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from core.test_strategy import strategy_file
+from storage.test_strategies import strategy_file
 
 import auto_trans
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_trans.coordination.election import elect
-from auto_trans.layout import Layout
-from auto_trans.plan import plan_conversion
-from auto_trans.shares import assign_writers, loads, split_ranks
+from auto_trans.core.layout import Layout
+from auto_trans.core.plan import plan_conversion
+from auto_trans.core.work import assign_writers, loads, split_ranks
 
 REPLICATED = {"w": Layout((4, 2), ((0,), ())), "norm": Layout((4, 2), ((),))}  # dp4 mp2
 DISTINCT = {"w": Layout((4, 2), ((0,), ()), 4, 2), "norm": Layout((4, 2), ((),))}  # its optimizer shard

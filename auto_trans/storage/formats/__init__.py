@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
-from auto_trans.checkpoint import ckpt, safetensors
-from auto_trans.checkpoint.index import CheckpointIndex, Record, TensorHead
 from auto_trans.errors import ConfigError
+from auto_trans.storage.formats import ckpt, safetensors
+from auto_trans.storage.formats.index import CheckpointIndex, Record, TensorHead
 
 __all__ = ["FORMATS", "Format", "encoded_size", "format_of", "parse_format", "scan"]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Optional, Protocol
 
+from auto_trans.core.layout import Layout, Shape
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import MissingSliceError, PlanError
-from auto_trans.layout import Layout, Shape
-from auto_trans.strategy import Strategy
 
 __all__ = ["Holders", "SourceIndex", "TensorMeta"]
 

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from auto_trans.checkpoint.clean import clean_folders
 from auto_trans.errors import ProtectedSourceError
+from auto_trans.storage.clean import clean_folders
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import shutil
 import oracle
 import pytest
 
+from auto_trans.core.strategy import Strategy, describe_difference, same_slices
 from auto_trans.errors import LayoutError, StrategyError, StrategyNotFoundError
-from auto_trans.strategy import Strategy, describe_difference, same_slices
-from auto_trans.strategy_files import merge_strategies, read_strategy
-from auto_trans.strategy_pb import ParallelStrategyMap
+from auto_trans.storage.strategies import merge_strategies, read_strategy
+from auto_trans.storage.strategy_pb import ParallelStrategyMap
 
 LLAMA = oracle.DATA / "mf_llama"
 PIPELINE = LLAMA / "dp2mp2pp2" / "strategy"

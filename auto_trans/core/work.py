@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auto_trans.plan import ConversionPlan, FilePlan
+from auto_trans.core.plan import ConversionPlan, FilePlan
 
 __all__ = ["Load", "assign_writers", "loads", "process_nums", "read_bytes", "split_ranks"]
 

@@ -17,12 +17,12 @@ from typing import Callable, Optional
 
 import numpy as np
 
-from auto_trans.checkpoint.formats import Format
-from auto_trans.checkpoint.index import CheckpointIndex, Record, StoredTensor
-from auto_trans.checkpoint.publish import NewFile
+from auto_trans.core.layout import Box, Shape, split_box
+from auto_trans.core.plan import FilePlan, TensorPlan
 from auto_trans.errors import SourceChangedError
-from auto_trans.layout import Box, Shape, split_box
-from auto_trans.plan import FilePlan, TensorPlan
+from auto_trans.storage.files import NewFile
+from auto_trans.storage.formats import Format
+from auto_trans.storage.formats.index import CheckpointIndex, Record, StoredTensor
 
 __all__ = ["DEFAULT_BUFFER_BYTES", "Adapt", "Executor", "Progress"]
 

@@ -8,13 +8,13 @@ import oracle
 import pytest
 import safetensors
 import safetensors.numpy
-from checkpoint.test_ckpt import every_dtype
 from hypothesis import given
 from hypothesis import strategies as st
+from storage.test_ckpt import every_dtype
 
 from auto_trans import convert
-from auto_trans.checkpoint.safetensors import scan
 from auto_trans.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from auto_trans.storage.formats.safetensors import scan
 
 
 def read(path):

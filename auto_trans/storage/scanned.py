@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, Union
 
-from auto_trans.checkpoint.files import SourceCheckpoint, find_checkpoints
-from auto_trans.checkpoint.formats import scan
-from auto_trans.checkpoint.index import CheckpointIndex, StoredTensor
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError
-from auto_trans.strategy import Strategy
-from auto_trans.strategy_files import read_strategy
+from auto_trans.storage.formats import scan
+from auto_trans.storage.formats.index import CheckpointIndex, StoredTensor
+from auto_trans.storage.sources import SourceCheckpoint, find_checkpoints
+from auto_trans.storage.strategies import read_strategy
 
 __all__ = ["PathLike", "ScannedSource", "StrategyLike", "as_strategy", "find_source"]
 

@@ -9,8 +9,8 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import xxhash
 
+from auto_trans.core.layout import Shape
 from auto_trans.errors import CorruptCheckpointError
-from auto_trans.layout import Shape
 
 __all__ = ["ITEM_BYTES", "CheckpointIndex", "Record", "StoredTensor", "TensorHead", "content_digest"]
 

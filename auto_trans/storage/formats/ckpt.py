@@ -19,14 +19,14 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from auto_trans.checkpoint.index import CheckpointIndex, Record, StoredTensor, T
+from auto_trans.core.layout import Shape
 from auto_trans.errors import (
     CheckpointError,
     CorruptCheckpointError,
     EncryptedCheckpointError,
     UnsupportedCheckpointError,
 )
-from auto_trans.layout import Shape
+from auto_trans.storage.formats.index import CheckpointIndex, Record, StoredTensor, T
 
 __all__ = ["CHUNK_BYTES", "compute_crc", "encode", "scan"]
 

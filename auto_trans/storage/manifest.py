@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from auto_trans.checkpoint.formats import FORMATS
-from auto_trans.checkpoint.publish import write_json
+from auto_trans.storage.files import write_json
+from auto_trans.storage.formats import FORMATS
 
 __all__ = ["MANIFEST_NAME", "FileRecord", "Manifest"]
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from auto_trans.checkpoint.files import find_checkpoints
 from auto_trans.errors import CheckpointNotFoundError, UnsupportedCheckpointError
+from auto_trans.storage.sources import find_checkpoints
 
 
 @pytest.fixture

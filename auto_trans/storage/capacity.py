@@ -1,39 +1,19 @@
-"""What the machine has to offer: memory within all limits, disk space, and sizes as people write them."""
+"""What the machine has to offer: memory within all limits, and disk space."""
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
-from typing import Optional, Union
+from typing import Optional
 
 import psutil
 
-from auto_trans.errors import ConfigError, ConfigTypeError, InsufficientDiskError, InsufficientMemoryError
+from auto_trans.errors import InsufficientDiskError, InsufficientMemoryError
+from auto_trans.sizes import format_bytes
 
-__all__ = ["available_memory", "check_disk", "check_memory", "format_bytes", "free_disk", "parse_bytes"]
+__all__ = ["available_memory", "check_disk", "check_memory", "free_disk"]
 
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def parse_bytes(text: Union[str, int], setting: str = "memory") -> int:
-    """Parses a size such as ``512MiB``, ``2G`` or a plain number of bytes; units are powers of 1024."""
-    if isinstance(text, bool) or not isinstance(text, (str, int)):
-        raise ConfigTypeError(f"{setting} must be a size such as 512MiB, not {text!r}")
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", str(text), re.IGNORECASE)
-    if not match:
-        raise ConfigError(f"{setting} must be a size such as 512MiB, not {text!r}")
-    return int(float(match.group(1)) * _UNITS[match.group(2).upper()])
-
-
-def format_bytes(nbytes: float) -> str:
-    """A size for people, e.g. ``1.5 GiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1024
-    return f"{nbytes:.1f} TiB"
 
 
 def available_memory() -> int:

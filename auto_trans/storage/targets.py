@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
-from auto_trans.checkpoint.files import rank_file
-from auto_trans.checkpoint.formats import Format
-from auto_trans.checkpoint.manifest import FileRecord, Manifest
-from auto_trans.checkpoint.publish import NewFile, replicate
 from auto_trans.errors import OutputExistsError
+from auto_trans.storage.files import NewFile, replicate
+from auto_trans.storage.formats import Format
+from auto_trans.storage.manifest import FileRecord, Manifest
+from auto_trans.storage.sources import rank_file
 
 __all__ = ["TargetFolder"]
 

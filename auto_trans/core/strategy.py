@@ -1,6 +1,6 @@
 """How the parameters of a job are sliced over its ranks: strategies, and how two of them compare.
 
-Pure: the files are read in `auto_trans.strategy_files`.
+Pure: the files are read in `auto_trans.storage.strategies`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from auto_trans.core.layout import Layout
 from auto_trans.errors import LayoutError
-from auto_trans.layout import Layout
 
 __all__ = ["Strategy", "describe_difference", "is_optimizer_state", "same_slices"]
 

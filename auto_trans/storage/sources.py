@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Union
 
-from auto_trans.checkpoint.formats import FORMATS, Format, format_of
 from auto_trans.errors import CheckpointNotFoundError, UnsupportedCheckpointError
 from auto_trans.log import logger
+from auto_trans.storage.formats import FORMATS, Format, format_of
 
 __all__ = ["SourceCheckpoint", "find_checkpoints", "rank_file"]
 

@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mindspore.train import serialization
 
-import auto_trans.checkpoint.ckpt as ckpt
+import auto_trans.storage.formats.ckpt as ckpt
 from auto_trans import convert
-from auto_trans.checkpoint.ckpt import encode, scan
-from auto_trans.checkpoint.formats import FORMATS, encoded_size
-from auto_trans.checkpoint.index import content_digest
+from auto_trans.core.plan import TensorPlan
 from auto_trans.errors import CorruptCheckpointError, EncryptedCheckpointError, UnsupportedCheckpointError
-from auto_trans.plan import TensorPlan
+from auto_trans.storage.formats import FORMATS, encoded_size
+from auto_trans.storage.formats.ckpt import encode, scan
+from auto_trans.storage.formats.index import content_digest
 
 RNG = np.random.default_rng(3)
 DTYPES = [

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, Union
 
 import xxhash
 
-from auto_trans.checkpoint.publish import new_file
+from auto_trans.core.layout import Layout
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import LayoutError, StrategyError, StrategyNotFoundError
-from auto_trans.layout import Layout
-from auto_trans.strategy import Strategy
-from auto_trans.strategy_pb import DecodeError, ParallelStrategyMap
+from auto_trans.storage.files import new_file
+from auto_trans.storage.strategy_pb import DecodeError, ParallelStrategyMap
 
 __all__ = ["MERGED_NAME", "merge_strategies", "read_strategy", "remerge_strategies"]
 

@@ -6,11 +6,11 @@ import os
 import pytest
 import xxhash
 
-from auto_trans.checkpoint import publish
-from auto_trans.checkpoint.formats import FORMATS
-from auto_trans.checkpoint.publish import NewFile, Publisher, new_file, replicate
-from auto_trans.checkpoint.target import TargetFolder
 from auto_trans.errors import InsufficientDiskError, OutputError
+from auto_trans.storage import files as publish
+from auto_trans.storage.files import NewFile, Publisher, new_file, replicate
+from auto_trans.storage.formats import FORMATS
+from auto_trans.storage.targets import TargetFolder
 
 
 def test_file_appears_only_complete_and_is_digested(tmp_path):

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from auto_trans.checkpoint.index import ITEM_BYTES, CheckpointIndex, Record, StoredTensor, T
 from auto_trans.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
+from auto_trans.storage.formats.index import ITEM_BYTES, CheckpointIndex, Record, StoredTensor, T
 
 __all__ = ["encode", "scan"]
 

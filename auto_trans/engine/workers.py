@@ -11,10 +11,10 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from auto_trans.conversion import Conversion
+from auto_trans.core.work import split_ranks
 from auto_trans.errors import ConfigError, RankLostError
 from auto_trans.progress import Meter
 from auto_trans.report import ConversionReport
-from auto_trans.shares import split_ranks
 
 __all__ = ["run_with_workers"]
 

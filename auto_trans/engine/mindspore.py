@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from auto_trans.checkpoint.files import rank_file
-from auto_trans.checkpoint.manifest import FileRecord
-from auto_trans.checkpoint.publish import NewFile
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError
 from auto_trans.report import ConversionReport
-from auto_trans.strategy import Strategy
-from auto_trans.strategy_files import MERGED_NAME, merge_strategies
+from auto_trans.storage.files import NewFile
+from auto_trans.storage.manifest import FileRecord
+from auto_trans.storage.sources import rank_file
+from auto_trans.storage.strategies import MERGED_NAME, merge_strategies
 
 if TYPE_CHECKING:
     from auto_trans.conversion import Conversion

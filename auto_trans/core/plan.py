@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Optional
 
+from auto_trans.core.holders import Holders, SourceIndex
+from auto_trans.core.layout import Box, Layout, Shape
+from auto_trans.core.strategy import Strategy, is_optimizer_state
 from auto_trans.errors import ConfigError, LayoutError, PlanError
-from auto_trans.holders import Holders, SourceIndex
-from auto_trans.layout import Box, Layout, Shape
-from auto_trans.strategy import Strategy, is_optimizer_state
 
 __all__ = ["ConversionPlan", "Copy", "FilePlan", "TensorPlan", "plan_conversion"]
 

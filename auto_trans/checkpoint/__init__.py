@@ -1,1 +1,0 @@
-"""Bytes at rest: checkpoint files are found, read, written and published here."""

@@ -1,0 +1,1 @@
+"""Pure arithmetic on layouts, boxes and plans: no files, no MindSpore."""

@@ -1,0 +1,1 @@
+"""Moves bytes as a plan says."""

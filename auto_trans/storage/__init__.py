@@ -1,0 +1,1 @@
+"""Bytes at rest: the only room that touches files."""
