@@ -11,9 +11,12 @@ YAML ``auto_trans:``           environment                     default    meanin
 ``join_timeout``               ``AUTO_TRANS_JOIN_TIMEOUT``     7200       seconds to wait for all ranks to arrive
 ``heartbeat_timeout``          ``AUTO_TRANS_HEARTBEAT_TIMEOUT``  60       seconds without a sign of life: a rank is lost
 ``stall_timeout``              ``AUTO_TRANS_STALL_TIMEOUT``    1800       seconds alive without progress: a rank hangs
+``allow_extra``                ``AUTO_TRANS_ALLOW_EXTRA``      none       patterns of parameters that no strategy need list
+``allow_missing``              ``AUTO_TRANS_ALLOW_MISSING``    none       patterns of weights that the source may lack
 =============================  ==============================  =========  ============================================
 
-``AUTO_TRANS_DISABLE=1`` leaves MindFormers as it is.
+Patterns are a list in the YAML and separated by commas in the environment. ``AUTO_TRANS_DISABLE=1`` leaves MindFormers as
+it is.
 """
 
 from __future__ import annotations
@@ -26,8 +29,21 @@ from typing import Any, Optional, Union
 from auto_trans.errors import ConfigError, ConfigTypeError
 from auto_trans.sizes import parse_bytes
 
-__all__ = ["DEFAULT_MEMORY", "DEFAULT_TIMING", "ENGINES", "AutoTransConfig", "Timing", "parse_engine", "parse_memory"]
+__all__ = ["DEFAULT_MEMORY", "DEFAULT_TIMING", "ENGINES", "YAML_KEYS", "AutoTransConfig", "Timing", "parse_boolean", "parse_engine", "parse_memory"]
 
+# The library's name of a setting -> what it is called in the YAML of a job; for messages.
+YAML_KEYS = {
+    "src": "load_checkpoint",
+    "dst": "output_dir",
+    "src_strategy": "src_strategy_path_or_dir",
+    "dst_strategy": "the files in strategy/ of the output directory",
+    "allow_extra": "auto_trans: {allow_extra: [...]}",
+    "allow_missing": "auto_trans: {allow_missing: [...]}",
+    "engine": "auto_trans: {engine: ...}",
+    "memory_limit": "auto_trans: {memory_limit: ...}",
+    "step": "resume_training",
+    "ranks": "transform_process_num",
+}
 ENGINES = ("native", "mindspore")
 DEFAULT_MEMORY = 64 * 1024 * 1024
 _LEAST_MEMORY = 1024 * 1024
@@ -74,6 +90,8 @@ class AutoTransConfig:
         resume_file: Name of the file to take from the rank folders, where ``resume_training`` picked a step.
         engine: ``native`` or ``mindspore``.
         memory_limit: Bytes of memory of a converter.
+        allow_extra: Patterns of parameters that every rank may hold whole although no strategy lists them.
+        allow_missing: Patterns of weights that the target lists and the source may lack.
         timing: How long ranks wait for each other.
     """
 
@@ -85,6 +103,8 @@ class AutoTransConfig:
     resume_file: Optional[str] = None
     engine: str = "native"
     memory_limit: int = DEFAULT_MEMORY
+    allow_extra: tuple[str, ...] = ()
+    allow_missing: tuple[str, ...] = ()
     timing: Timing = DEFAULT_TIMING
 
     @classmethod
@@ -127,11 +147,13 @@ class AutoTransConfig:
             load_checkpoint=str(load_checkpoint),
             src_strategy=str(strategy) if strategy and strategy != "None" else None,
             transform_process_num=parse_process_num(settings.get("transform_process_num")),
-            transform_by_rank=_boolean("transform_by_rank", settings.get("transform_by_rank")),
+            transform_by_rank=parse_boolean("transform_by_rank", settings.get("transform_by_rank")),
             npu_num_per_node=parse_npu_num(settings.get("npu_num_per_node") or environ.get("DEVICE_NUM_PER_NODE")),
             resume_file=resume if isinstance(resume, str) and os.path.isdir(load_checkpoint) else None,
             engine=parse_engine(setting("engine", "native")),
             memory_limit=parse_memory(setting("memory_limit", None)),
+            allow_extra=_patterns("allow_extra", setting("allow_extra", ())),
+            allow_missing=_patterns("allow_missing", setting("allow_missing", ())),
             timing=timing,
         )
 
@@ -175,12 +197,20 @@ def parse_memory(value: Union[int, str, None]) -> int:
     return number
 
 
-def _boolean(name: str, value: Any) -> bool:
+def parse_boolean(name: str, value: Any) -> bool:
     if value is None:
         return False
     if not isinstance(value, bool):
         raise ConfigTypeError(f"{name} must be True or False, not {value!r}")
     return value
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Patterns of parameter names."""
+    found = [part.strip() for part in value.split(",")] if isinstance(value, str) else value or ()
+    if not isinstance(found, (list, tuple)) or not all(isinstance(pattern, str) and pattern for pattern in found):
+        raise ConfigTypeError(f"{name} must be a list of patterns such as '*.freqs_*', not {value!r}")
+    return tuple(found)
 
 
 def _seconds(name: str, value: Any) -> float:

@@ -1,189 +1,146 @@
-"""The use case: find the source, plan, check, execute, publish, report.
+"""The one use case: request -> find -> plan -> check -> run -> report.
 
-`convert` is the library call; `Conversion` is the same in two steps for those who must know the plan before they run it.
+`convert` is the library call. Whoever must know the plan before it runs, or share it with others, takes the steps one by
+one: `plan_conversions` finds the sources of a request and plans each; a `Conversion` is checked and run.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import Callable, Optional, Union
 
-import xxhash
-
-from auto_trans.config import DEFAULT_MEMORY, parse_engine, parse_memory
-from auto_trans.core.plan import ConversionPlan, FilePlan, plan_conversion
-from auto_trans.core.strategy import Strategy
-from auto_trans.engine.native import DEFAULT_BUFFER_BYTES, Adapt, Executor
+from auto_trans.config import parse_memory
+from auto_trans.core.plan import FilePlan, Plan, make_plan
+from auto_trans.core.rules import Allowed, check_heads, check_network, check_shapes, some
+from auto_trans.core.source import SlicedSource
+from auto_trans.core.tensor import Shape
+from auto_trans.engine.base import ConversionTask, Engine
+from auto_trans.engine.native import NativeEngine
+from auto_trans.engine.workers import WorkerEngine
 from auto_trans.errors import ConfigError, PlanError
 from auto_trans.log import logger
 from auto_trans.progress import Meter
 from auto_trans.report import ConversionReport
+from auto_trans.request import Request
 from auto_trans.storage.capacity import check_disk, check_memory
-from auto_trans.storage.files import Publisher
-from auto_trans.storage.formats import encoded_size, parse_format
-from auto_trans.storage.formats.index import content_digest
+from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.manifest import FileRecord
-from auto_trans.storage.scanned import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
-from auto_trans.storage.sources import SourceCheckpoint
-from auto_trans.storage.targets import TargetFolder
+from auto_trans.storage.readers import same_contents
+from auto_trans.storage.sources import Checkpoint, PathLike, ScannedFiles, StrategyLike, as_strategy, find_sources
+from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 
-__all__ = ["Conversion", "convert", "prepare", "run_conversion"]
+__all__ = ["Conversion", "convert", "plan_conversion", "plan_conversions"]
 
 
 class Conversion:
     """A planned conversion of one checkpoint.
 
     Args:
-        checkpoint: The source.
-        dst: The target folder; gets ``rank_N/{prefix}N.ckpt``.
-        source: Strategy of the source.
-        target: Strategy of the target.
-        prefix: Beginning of the target files' names.
-        ranks: The target ranks to convert; all by default.
-        memory_limit: Bytes of memory that the conversion may use.
-        format: ``ckpt`` or ``safetensors``; that of the source by default.
-        reuse: Keep files that are there already and were made from the same inputs.
-        exclude: Source parameters that are left out.
-        variant: What else the target depends on, as text.
+        request: What is to be done.
+        checkpoint: The chosen source.
 
     Attributes:
-        plan: What will be done.
+        plan: What goes where.
+        files: The target files of the plan.
+        target: Where they go.
     """
 
-    def __init__(
-        self,
-        checkpoint: SourceCheckpoint,
-        dst: Path,
-        source: Strategy,
-        target: Strategy,
-        *,
-        prefix: str = "checkpoint_",
-        ranks: Optional[Iterable[int]] = None,
-        memory_limit: Optional[int] = None,
-        format: Optional[str] = None,
-        reuse: bool = True,
-        exclude: Callable[[str], bool] = lambda name: False,
-        variant: str = "",
-    ) -> None:
-        if not isinstance(prefix, str) or not prefix or "/" in prefix:
-            raise ConfigError(f"prefix must be the beginning of a file name, not {prefix!r}")
-        self.checkpoint, self.dst, self.source, self.target, self.prefix = checkpoint, dst, source, target, prefix
-        self.memory_limit = memory_limit or DEFAULT_MEMORY
-        self.format = parse_format(format) if format else checkpoint.format
-        self.reuse = reuse
-        self._index = ScannedSource(checkpoint, exclude)
-        self._variant = variant
-        self.plan: ConversionPlan = plan_conversion(source, target, self._index, ranks)
+    def __init__(self, request: Request, checkpoint: Checkpoint) -> None:
+        self.request, self.checkpoint = request, checkpoint
+        self._heads = ScannedFiles(checkpoint)
+        self.source = SlicedSource(request.from_strategy, self._heads)
+        check_shapes(self.source)
+        self.plan: Plan = make_plan(
+            self.source, request.to_strategy, request.ranks, edits=request.edits, allowed=request.allowed
+        )
+        self.target = _target(request, checkpoint)
+        self.files = self.target.arrange(self.plan)
         self._replicas = {rank: group for group in self.plan.replicas for rank in group}
-        self.folder = TargetFolder(dst, prefix, self.format, self._inputs_digest(), target.world_size, reuse=reuse)
 
-    @property
-    def ranks(self) -> list[int]:
-        """The target ranks that are converted, in ascending order."""
-        return sorted(rank for file in self.plan.files for rank in file.ranks)
-
-    def file_size(self, file: FilePlan) -> int:
-        """Bytes of a target file."""
-        return encoded_size(self.format, file.tensors)
+    def todo(self, files: Optional[Iterable[FilePlan]] = None) -> list[FilePlan]:
+        """The files, by default all, that are not there yet for any rank with the same contents."""
+        return [file for file in (self.files if files is None else files) if not any(self._there(file))]
 
     def replicas(self, file: FilePlan) -> tuple[int, ...]:
         """All target ranks with the contents of a file, also those that are not converted here."""
         return self._replicas[file.ranks[0]]
 
-    def todo(self, files: Optional[Iterable[FilePlan]] = None) -> list[FilePlan]:
-        """The files, by default all, that are not there yet for any rank with the same contents."""
-        return [f for f in (self.plan.files if files is None else files) if not any(self._there(f))]
-
-    def check(self, neighbours: int = 1, part: float = 1.0, files: Optional[Sequence[FilePlan]] = None) -> None:
+    def check(
+        self,
+        neighbours: int = 1,
+        part: float = 1.0,
+        files: Optional[Sequence[FilePlan]] = None,
+        *,
+        heads: bool = True,
+    ) -> None:
         """Checks all that can be checked before any work.
 
         Args:
-            neighbours: How many converters like this one share the machine's memory.
+            neighbours: How many processes like this one share the machine's memory.
             part: The part of all that is written to this disk by converters beside this one which the files are.
             files: The files that will be written; all by default.
+            heads: Compare the heads of all source files; one of several converters is enough.
 
         Raises:
             OutputExistsError: The target holds files of something else.
             InsufficientDiskError: The output does not fit.
             InsufficientMemoryError: The memory is not there.
-            PlanError: A parameter without layout differs between source ranks.
+            PlanError: Replicas, or what the network expects, contradict the plan.
         """
-        for rank in self.ranks:
-            self.folder.check_not_foreign(rank)
-        check_memory(self.memory_limit, neighbours)
-        check_disk(self.dst, int(sum(self.file_size(file) for file in self.todo(files)) / part))
-        for name, ranks in self.plan.replicated.items():
-            ends = [self._index.file(rank) for rank in ranks]
-            digests = {content_digest(end, name) if name in end.tensors else None for end in ends}
-            if len(digests) > 1:
-                raise PlanError(
-                    f"parameter {name} is in no strategy, but differs between source rank {ranks[0]} and {ranks[1]}: it is "
-                    f"sliced in a way that {self.source.origin} does not tell; give the strategy that the weights were "
-                    f"saved under"
-                )
+        self.target.check(self.files)
+        todo = self.todo(files)
+        check_memory(self.request.memory_limit, neighbours * max(min(self.request.processes, len(todo)), 1))
+        check_disk(self.request.dst, int(sum(self.target.size(file) for file in todo) / part))
+        if heads:
+            check_heads(self.request.from_strategy, self._heads)
+        check_network(self.request.network, self._slices(), self.request.from_strategy.origin)
+        self._check_carried()
+        if self.request.check_replicas:
+            self._check_replicas()
 
     def run(
         self,
         *,
         quiet: bool = False,
         listener: Optional[Callable[[int, int], None]] = None,
-        adapt: Optional[Adapt] = None,
         files: Optional[Sequence[FilePlan]] = None,
     ) -> ConversionReport:
-        """Converts, publishes every file as it is complete, and writes the manifest once all ranks are there.
+        """Converts, publishes every file as it is complete, and finishes the target once all ranks are there.
 
         A file that is there already for a rank with the same contents, converted by whomever, is linked.
 
         Args:
             quiet: Show no progress.
             listener: Told (bytes done, bytes in all).
-            adapt: Changes parts of tensors on their way.
             files: The files of the plan to take on; all by default.
         """
         begin = time.monotonic()
-        self.folder.manifest.refresh()
-        files = self.plan.files if files is None else files
-        nbytes = sum(file.nbytes for file in self.todo(files))
-        meter = Meter(nbytes, f"converting {self.checkpoint.name}", quiet=quiet, listener=listener)
-        converted: list[int] = []
-        linked: list[int] = []
-        reused: list[FileRecord] = []
-        sources = {rank: self._index.file(rank) for rank in self.plan.source_ranks}
-        buffer_bytes = min(DEFAULT_BUFFER_BYTES, self.memory_limit // 2)
+        files = self.files if files is None else files
+        self.target.sweep(files)
+        self.target.refresh()
+        reused, linked, todo = self._sort(files)
+        meter = Meter(
+            sum(file.nbytes for file in todo), f"converting {self.checkpoint.name}", quiet=quiet, listener=listener
+        )
         try:
-            with (
-                Executor(sources, buffer_bytes, meter, adapt) as executor,
-                Publisher[list[FileRecord]]() as publisher,
-            ):
-                for file in files:
-                    there = {record.rank: record for record in self._there(file)}
-                    reused += [record for rank, record in there.items() if rank in file.ranks]
-                    missing = tuple(rank for rank in file.ranks if rank not in there)
-                    if not there:
-                        out = executor.write(file, self.folder.file(missing[0]), self.format)
-                        publisher.submit(partial(self.folder.publish, out, missing))
-                        converted.append(missing[0])
-                        linked += missing[1:]
-                    elif missing:
-                        publisher.submit(partial(self.folder.replicate, next(iter(there.values())), missing))
-                        linked += missing
+            written = self._engine().write(self._task(todo), meter)
         finally:
             meter.close()
-        self.folder.manifest.finish()
-        records = {record.rank: record for record in itertools.chain(reused, *publisher.results)}
+        self.target.finish()
+        first = {self.target.name(file.ranks[0], file.part) for file in todo}
+        converted = [record for record in written if record.file in first]
+        linked += [record for record in written if record.file not in first]
         return ConversionReport(
             source=self.checkpoint.path,
-            target=self.dst,
-            files=tuple(records[rank] for rank in sorted(records)),
-            converted=tuple(converted),
-            linked=tuple(sorted(linked)),
-            reused=tuple(sorted(record.rank for record in reused)),
-            bytes_written=sum(records[rank].size for rank in converted),
+            target=self.request.dst,
+            files=tuple(sorted((*reused, *linked, *converted), key=lambda record: (record.rank, record.file))),
+            converted=_ranks(converted),
+            linked=_ranks(linked),
+            reused=_ranks(reused),
+            bytes_written=sum(record.size for record in converted),
             seconds=time.monotonic() - begin,
             carried=self.plan.carried,
             absent=self.plan.absent,
@@ -193,24 +150,101 @@ class Conversion:
     def log_plan(self) -> None:
         """Logs what the plan leaves out or adds, which a user should know."""
         plan = self.plan
-        if plan.carried and not (self.source.is_complete and self.target.is_complete):
-            logger.info("carried over as they are, in no strategy: %s", _names(plan.carried))
+        if plan.carried:
+            logger.info("carried over as they are, in no strategy: %s", some(plan.carried, 5))
         if plan.absent:
-            logger.warning("not in the source, the model keeps its initial values: %s", _names(plan.absent))
+            logger.warning("not in the source, the model keeps its initial values: %s", some(plan.absent, 5))
         if plan.dropped:
-            logger.warning("optimizer state dropped, the target has no optimizer: %s", _names(plan.dropped))
+            logger.warning("optimizer state dropped, the target has no optimizer: %s", some(plan.dropped, 5))
+        for warning in plan.warnings:
+            logger.warning("%s", warning)
+
+    def _sort(self, files: Iterable[FilePlan]) -> tuple[list[FileRecord], list[FileRecord], list[FilePlan]]:
+        """What is there already, what is linked to that, and what has to be written, with the ranks that lack it."""
+        reused: list[FileRecord] = []
+        linked: list[FileRecord] = []
+        todo = []
+        for file in files:
+            there = {record.rank: record for record in self._there(file)}
+            reused += [record for rank, record in there.items() if rank in file.ranks]
+            missing = replace(file, ranks=tuple(rank for rank in file.ranks if rank not in there))
+            if not there:
+                todo.append(missing)
+            elif missing.ranks:
+                linked += self.target.replicate(next(iter(there.values())), missing)
+        return reused, linked, todo
+
+    def _task(self, files: Iterable[FilePlan]) -> ConversionTask:
+        request = self.request
+        return ConversionTask(
+            tuple(files), self.target, self.checkpoint, request.from_strategy, request.to_strategy, request.prefix,
+            request.memory_limit, request.by_rank,
+        )  # fmt: skip
+
+    def _engine(self) -> Engine:
+        if self.request.engine == "mindspore":
+            from auto_trans.engine.mindspore import MindSporeEngine
+
+            return MindSporeEngine()
+        return WorkerEngine(NativeEngine(), self.request.processes)
+
+    def _slices(self) -> Iterator[tuple[str, Shape, Shape]]:
+        """Name, full shape and shape of a slice of every parameter."""
+        tensors = {tensor.name: tensor for file in self.plan.files for tensor in file.tensors}
+        return ((name, tensor.tensor.shape, tensor.shape) for name, tensor in tensors.items())
+
+    def _check_carried(self) -> None:
+        """Carried arrays are right only if no rank holds a slice of them."""
+        for one, other in self.plan.replicated:
+            if not same_contents(one, other):
+                raise PlanError(
+                    f"parameter {one.tensor.name} is in no strategy, but differs between source rank {one.file.rank} and "
+                    f"{other.file.rank}: it is sliced in a way that {self.request.from_strategy.origin} does not tell; give "
+                    f"the strategy that the weights were saved under («src_strategy»)"
+                )
+
+    def _check_replicas(self) -> None:
+        """Compares all copies of every slice."""
+        for one, other in self.source.copies():
+            if not same_contents(one, other):
+                raise PlanError(
+                    f"rank {one.file.rank} and rank {other.file.rank} should hold the same slice of parameter "
+                    f"{one.tensor.name}, but their files differ; find out which of them is right"
+                )
 
     def _there(self, file: FilePlan) -> Iterator[FileRecord]:
         """What is there already with the contents of a file, of its own ranks and of others."""
-        return (record for rank in self.replicas(file) if (record := self.folder.done(rank)))
+        return (record for rank in self.replicas(file) if (record := self.target.done(rank, file.part)))
 
-    def _inputs_digest(self) -> str:
-        sources = []
-        for rank, file in self.checkpoint.files.items():
-            stat = file.stat()
-            sources.append([rank, str(file.resolve()), stat.st_size, stat.st_mtime_ns])
-        inputs = [sources, self.source.digest, self.target.digest, self.prefix, self.format.name, self._variant]
-        return xxhash.xxh3_128_hexdigest(json.dumps(inputs).encode())
+
+def plan_conversions(request: Request) -> list[Conversion]:
+    """Finds the sources of a request and plans the conversion of each.
+
+    Returns:
+        The conversions; several only for a folder of several complete checkpoints, each to a folder of its name.
+
+    Raises:
+        AutoTransError: There is no source, or the source and the strategies do not make up the target.
+    """
+    found = find_sources(request.src, request.from_strategy, request.resume_file, request.step)
+    if len(found) == 1:
+        return [Conversion(request, found[0])]
+    return [Conversion(replace(request, dst=request.dst / one.name), one) for one in found]
+
+
+def plan_conversion(request: Request) -> Conversion:
+    """Finds the one source of a request and plans its conversion.
+
+    Raises:
+        ConfigError: The source is a folder of several complete checkpoints.
+    """
+    found = find_sources(request.src, request.from_strategy, request.resume_file, request.step)
+    if len(found) > 1:
+        names = ", ".join(one.path.name for one in found[:3])
+        raise ConfigError(
+            f"source {request.src} holds {len(found)} complete checkpoints ({names}, ...); give one of the files («src»)"
+        )
+    return Conversion(request, found[0])
 
 
 def convert(
@@ -222,28 +256,34 @@ def convert(
     prefix: str = "checkpoint_",
     ranks: Optional[Iterable[int]] = None,
     engine: str = "native",
+    processes: int = 1,
     memory_limit: Union[int, str, None] = None,
     format: Optional[str] = None,
     step: Optional[str] = None,
+    allow_extra: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
     reuse: bool = True,
     quiet: bool = True,
 ) -> ConversionReport:
     """Converts a checkpoint from one parallel strategy to another.
 
     Args:
-        src: A complete file, or a folder of ``rank_N/`` folders with a file each; of several the latest step that all
-            ranks have is taken. The files are ``.ckpt`` or ``.safetensors``.
-        dst: Folder that gets ``rank_N/{prefix}N.ckpt``. Files that are there already and were made from the same inputs
+        src: A complete file, a folder of shards with their index, or a folder of ``rank_N/`` folders with a file each; of
+            several the latest step that all ranks have is taken. The files are ``.ckpt`` or ``.safetensors``.
+        dst: Folder that gets ``rank_N/{prefix}N.ckpt``. Files that are there already and were made for the same request
             are kept; others are not overwritten.
         src_strategy: Strategy file, merged file or folder of the source; None if it is complete.
         dst_strategy: The same of the target; None for one complete file, ``rank_0/{prefix}0.ckpt``.
         prefix: Beginning of the target files' names.
         ranks: The target ranks to convert; all by default.
         engine: ``native``, or ``mindspore`` to delegate to MindSpore's own API.
-        memory_limit: Memory that the conversion may use, in bytes or e.g. ``"512MiB"``; 64 MiB by default.
+        processes: Worker processes on this machine.
+        memory_limit: Memory that a process may use, in bytes or e.g. ``"512MiB"``; 64 MiB by default.
         format: Format of the target, ``ckpt`` or ``safetensors``; that of the source by default.
         step: The step to take from the rank folders, as ``{epoch}_{step}``; the latest by default.
-        reuse: Keep files that are there already and were made from the same inputs.
+        allow_extra: Patterns (``*`` and ``?``) of parameters that every rank may hold whole although no strategy lists them.
+        allow_missing: Patterns of weights that the target lists and the source may lack.
+        reuse: Keep files that are there already and were made for the same request.
         quiet: Show no progress.
 
     Returns:
@@ -253,69 +293,26 @@ def convert(
         AutoTransError: Anything that is wrong with the input or the output, see `auto_trans.errors`. The source is never
             touched, and no incomplete file bears its final name.
     """
-    conversion = prepare(
-        src, dst, src_strategy, dst_strategy, prefix=prefix, ranks=ranks, memory_limit=memory_limit, format=format,
-        step=step, reuse=reuse,
+    request = Request(
+        Path(src), Path(dst), as_strategy(src_strategy), as_strategy(dst_strategy),
+        ranks=None if ranks is None else tuple(ranks), allowed=Allowed(tuple(allow_extra), tuple(allow_missing)),
+        prefix=prefix, format=format, step=step, engine=engine, processes=processes,
+        memory_limit=parse_memory(memory_limit), reuse=reuse,
     )  # fmt: skip
-    return run_conversion(conversion, parse_engine(engine), quiet=quiet)
-
-
-def prepare(
-    src: PathLike,
-    dst: PathLike,
-    src_strategy: StrategyLike = None,
-    dst_strategy: StrategyLike = None,
-    *,
-    step: Optional[str] = None,
-    memory_limit: Union[int, str, None] = None,
-    **options: Any,
-) -> Conversion:
-    """Plans a conversion without doing anything; takes what `convert` takes.
-
-    Raises:
-        ConfigError: The source is a folder of several complete checkpoints.
-    """
-    source, target = as_strategy(src_strategy), as_strategy(dst_strategy)
-    found = find_source(src, source, step=step)
-    if len(found) > 1:
-        raise ConfigError(
-            f"source {src} holds {len(found)} complete checkpoints ({', '.join(c.path.name for c in found[:3])}, ...); give "
-            f"one of the files"
-        )
-    return Conversion(found[0], Path(dst), source, target, memory_limit=parse_memory(memory_limit), **options)
-
-
-def run_conversion(
-    conversion: Conversion,
-    engine: str,
-    *,
-    by_rank: bool = False,
-    neighbours: int = 1,
-    part: float = 1.0,
-    quiet: bool = False,
-    listener: Optional[Callable[[int, int], None]] = None,
-    files: Optional[Sequence[FilePlan]] = None,
-) -> ConversionReport:
-    """Checks and runs a planned conversion with one of the engines.
-
-    Args:
-        conversion: What to do.
-        engine: ``native`` or ``mindspore``.
-        by_rank: Have the mindspore engine use ``transform_checkpoint_by_rank``; the native one has no such difference.
-        neighbours: How many converters like this one share the machine's memory.
-        part: The part of all that converters beside each other write which is written here.
-        quiet: Show no progress.
-        listener: Told (bytes done, bytes in all).
-        files: The files of the plan to take on; all by default, and always with the mindspore engine.
-    """
-    conversion.check(neighbours, part, files)
+    conversion = plan_conversion(request)
+    conversion.check()
     conversion.log_plan()
-    if engine == "mindspore":
-        from auto_trans.engine.mindspore import run_mindspore
-
-        return run_mindspore(conversion, by_rank=by_rank)
-    return conversion.run(quiet=quiet, listener=listener, files=files)
+    return conversion.run(quiet=quiet)
 
 
-def _names(names: Sequence[str], count: int = 5) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+def _target(request: Request, checkpoint: Checkpoint) -> Target:
+    digest = request.digest(checkpoint)
+    if request.shard_size is not None:
+        return SafetensorsSet(request.dst, digest, shard_size=request.shard_size, reuse=request.reuse)
+    format = FORMATS[request.format] if request.format else checkpoint.format
+    world_size = request.to_strategy.world_size
+    return RankFolders(request.dst, format, digest, world_size, prefix=request.prefix, reuse=request.reuse)
+
+
+def _ranks(records: Iterable[FileRecord]) -> tuple[int, ...]:
+    return tuple(sorted(record.rank for record in records))

@@ -14,14 +14,16 @@ from typing import Any, Optional
 from auto_trans.conversion import Conversion
 from auto_trans.coordination.election import elect
 from auto_trans.core.layout import Layout
+from auto_trans.core.rules import check_shapes
+from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
-from auto_trans.core.work import loads, process_nums, read_bytes
-from auto_trans.errors import AutoTransError, CorruptCheckpointError
+from auto_trans.core.work import process_nums, read_bytes, share_out
+from auto_trans.errors import AutoTransError, CorruptCheckpointError, LayoutError, PlanError
 from auto_trans.storage.capacity import available_memory, free_disk
 from auto_trans.storage.formats import scan
 from auto_trans.storage.formats.ckpt import compute_crc
-from auto_trans.storage.formats.index import CheckpointIndex
-from auto_trans.storage.sources import SourceCheckpoint, find_checkpoints
+from auto_trans.storage.formats.head import FileHead
+from auto_trans.storage.sources import Checkpoint, ScannedFiles, find_checkpoints
 from auto_trans.storage.strategies import read_strategy
 
 __all__ = [
@@ -31,13 +33,14 @@ __all__ = [
     "describe_strategy",
     "differences",
     "read_path",
+    "slice_shapes",
     "sliced_how",
 ]
 
 _SAMPLE_BYTES = 32 * 1024 * 1024
 
 
-def read_path(path: Path) -> Strategy | list[SourceCheckpoint]:
+def read_path(path: Path) -> Strategy | list[Checkpoint]:
     """What lies at a path: a strategy, or checkpoints.
 
     Raises:
@@ -54,7 +57,7 @@ def read_path(path: Path) -> Strategy | list[SourceCheckpoint]:
             return find_checkpoints(path)
     try:
         (found,) = find_checkpoints(path)
-        scan(found.files[0])
+        scan(found.all_files[0])
         return [found]
     except CorruptCheckpointError:
         if path.suffix != ".ckpt":
@@ -66,15 +69,15 @@ def read_path(path: Path) -> Strategy | list[SourceCheckpoint]:
         return read_strategy(path)
 
 
-def describe_plan(conversion: Conversion, *, measure: bool = True) -> dict[str, Any]:
+def describe_plan(conversion: Conversion, *, measure: bool = False) -> dict[str, Any]:
     """What a conversion would do, and whether it could succeed.
 
     Args:
         conversion: The planned conversion.
-        measure: Read and write a little to estimate the time.
+        measure: Estimate the time by a short copy, which writes 32 MiB beside the target and removes them.
     """
-    todo, plan = conversion.todo(), conversion.plan
-    written = sum(conversion.file_size(file) for file in todo)
+    todo, plan, request, target = conversion.todo(), conversion.plan, conversion.request, conversion.target
+    written = sum(target.size(file) for file in todo)
     try:
         conversion.check()
         problem = ""
@@ -83,27 +86,28 @@ def describe_plan(conversion: Conversion, *, measure: bool = True) -> dict[str, 
     speed = _measured_speed(conversion) if measure and todo and not problem else None
     return {
         "source": str(conversion.checkpoint.path),
-        "target": str(conversion.dst),
+        "target": str(request.dst),
         "files": [
             {
                 "ranks": list(file.ranks),
-                "file": str(conversion.folder.file(file.ranks[0])),
-                "bytes": conversion.file_size(file),
-                "source_ranks": sorted({copy.rank for tensor in file.tensors for copy in tensor.copies}),
+                "file": str(target.path(target.name(file.ranks[0], file.part))),
+                "bytes": target.size(file),
+                "source_ranks": sorted({shard.file.rank for shard in file.shards}),
                 "reused": file not in todo,
             }
-            for file in plan.files
+            for file in conversion.files
         ],
         "bytes_read": read_bytes(todo),
         "bytes_written": written,
-        "memory": conversion.memory_limit,
+        "memory": request.memory_limit,
         "memory_available": available_memory(),
-        "disk_free": free_disk(conversion.dst),
+        "disk_free": free_disk(request.dst),
         "seconds": written / speed if speed else None,
         "transform_process_num": advise(conversion),
         "carried": list(plan.carried),
         "absent": list(plan.absent),
         "dropped": list(plan.dropped),
+        "warnings": list(plan.warnings),
         "problem": problem,
     }
 
@@ -115,35 +119,33 @@ def advise(conversion: Conversion) -> list[dict[str, Any]]:
         Per value the bytes that the busiest converter reads and writes, the bytes that all write, and how many of the
         converters write at all. Empty if the plan is not that of a whole job.
     """
-    plan, world_size = conversion.plan, conversion.target.world_size
-    if world_size == 1 or len(conversion.ranks) < world_size:
+    plan, world_size = conversion.plan, conversion.request.to_strategy.world_size
+    if world_size == 1 or len(plan.ranks) < world_size:
         return []
     advice = []
     for number in process_nums(world_size):
-        found = loads(plan, [assignment.slices for assignment in elect(world_size, number)])
+        shares = share_out(plan, [assignment.slices for assignment in elect(world_size, number)])
         advice.append(
             {
                 "transform_process_num": number,
-                "busiest_reads": max(load.read for load in found),
-                "busiest_writes": max(load.written for load in found),
-                "all_write": sum(load.written for load in found),
-                "writing": sum(load.written > 0 for load in found),
+                "busiest_reads": max(share.read for share in shares),
+                "busiest_writes": max(share.written for share in shares),
+                "all_write": sum(share.written for share in shares),
+                "writing": sum(share.written > 0 for share in shares),
             }
         )
     return advice
 
 
-def describe_strategy(
-    strategy: Strategy, weights: Optional[SourceCheckpoint] = None, pattern: str = "*"
-) -> dict[str, Any]:
+def describe_strategy(strategy: Strategy, weights: Optional[Checkpoint] = None, pattern: str = "*") -> dict[str, Any]:
     """How the parameters of a job are sliced.
 
     Args:
         strategy: The strategy.
-        weights: A checkpoint that was saved under it, which tells the shapes.
+        weights: A checkpoint that was saved under it, or a complete one, which tells the shapes.
         pattern: Only parameters that match it.
     """
-    shapes = parameter_shapes(weights)
+    shapes = slice_shapes(strategy, weights)
     parameters = []
     totals = [0] * strategy.world_size
     for name in sorted(strategy.layouts.keys() | strategy.refused.keys()):
@@ -186,7 +188,7 @@ def sliced_how(layout: Layout) -> str:
     return f"{', '.join(parts) or 'whole'} on {list(layout.dev_matrix)}"
 
 
-def describe_checkpoint(checkpoint: SourceCheckpoint, pattern: str = "*", *, check_crc: bool = False) -> dict[str, Any]:
+def describe_checkpoint(checkpoint: Checkpoint, pattern: str = "*", *, check_crc: bool = False) -> dict[str, Any]:
     """What the files of a checkpoint hold: the parameters of the first file of every kind, and every file's size.
 
     Args:
@@ -194,14 +196,14 @@ def describe_checkpoint(checkpoint: SourceCheckpoint, pattern: str = "*", *, che
         pattern: Only parameters that match it.
         check_crc: Compute the crc of files that carry one.
     """
-    indices = {rank: scan(file) for rank, file in checkpoint.files.items()}
+    scanned = ScannedFiles(checkpoint)
+    heads = [(rank, head) for rank in scanned.ranks for head in scanned.heads(rank)]
     parameters: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for rank, index in indices.items():
-        for name, tensor in index.tensors.items():
+    for rank, head in heads:
+        for name, tensor in head.tensors.items():
             if fnmatchcase(name, pattern):
-                key = (name, tensor.dtype, tensor.dims)
                 entry = parameters.setdefault(
-                    key,
+                    (name, tensor.dtype, tensor.dims),
                     {
                         "name": name,
                         "dtype": tensor.dtype,
@@ -217,24 +219,24 @@ def describe_checkpoint(checkpoint: SourceCheckpoint, pattern: str = "*", *, che
         "files": [
             {
                 "rank": rank,
-                "file": str(index.path),
-                "bytes": index.size,
-                "parameters": len(index.tensors),
-                "crc": _crc_state(index, check=check_crc),
+                "file": str(head.path),
+                "bytes": head.size,
+                "parameters": len(head.tensors),
+                "crc": _crc_state(head, check=check_crc),
             }
-            for rank, index in indices.items()
+            for rank, head in heads
         ],
         "parameters": list(parameters.values()),
     }
 
 
-def _crc_state(index: CheckpointIndex, *, check: bool) -> str:
+def _crc_state(head: FileHead, *, check: bool) -> str:
     """``none``, ``present``, or after computing it ``right`` or ``wrong``."""
-    if index.crc is None:
+    if head.crc is None:
         return "none"
-    if not check or index.path.suffix != ".ckpt":
+    if not check or head.path.suffix != ".ckpt":
         return "present"
-    return "right" if compute_crc(index) == index.crc else "wrong"
+    return "right" if compute_crc(head) == head.crc else "wrong"
 
 
 def differences(a: Strategy, b: Strategy, pattern: str = "*") -> list[dict[str, str]]:
@@ -256,21 +258,47 @@ def _in_words(strategy: Strategy, name: str) -> str:
     return sliced_how(strategy.layouts[name][stages[0]]) + stage
 
 
-def parameter_shapes(weights: Optional[SourceCheckpoint]) -> dict[str, tuple[tuple[int, ...], int]]:
-    """Shape and bytes of an element of every parameter that the files hold."""
-    shapes: dict[str, tuple[tuple[int, ...], int]] = {}
-    for file in weights.files.values() if weights else ():
-        for name, tensor in scan(file).tensors.items():
-            shapes.setdefault(name, (tensor.shape, tensor.nbytes // max(math.prod(tensor.shape), 1)))
+def slice_shapes(strategy: Strategy, weights: Optional[Checkpoint]) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape of a rank's slice and bytes of an element of every parameter that a strategy lists and a checkpoint holds.
+
+    Args:
+        strategy: The strategy.
+        weights: A checkpoint that was saved under it, or a complete one, whose parameters are sliced by it.
+
+    Raises:
+        PlanError: The checkpoint has not the ranks that the strategy describes, or not its shapes.
+    """
+    if weights is None:
+        return {}
+    if weights.distributed:
+        source = SlicedSource(strategy, ScannedFiles(weights))
+        check_shapes(source)
+    else:
+        source = SlicedSource(Strategy.complete(), ScannedFiles(weights))
+    shapes = {}
+    for name in source.names:
+        if strategy.lists(name) and name not in strategy.refused:
+            tensor = source.tensor(name)
+            layout = strategy.layouts[name][strategy.stages_of(name)[0]]
+            try:
+                shapes[name] = layout.slice_shape(tensor.shape), tensor.item_bytes
+            except LayoutError as e:
+                raise PlanError(
+                    f"parameter {name} of {source.where(name)} does not fit the strategy {strategy.origin}: {e}"
+                ) from e
+    if not shapes:
+        raise PlanError(
+            f"{weights.path} holds no parameter that the strategy {strategy.origin} lists; it is of another model"
+        )
     return shapes
 
 
 def _measured_speed(conversion: Conversion) -> float:
     """Bytes per second of a short copy from the source to the file system of the target."""
-    folder = conversion.dst.absolute()
+    folder = conversion.request.dst.absolute()
     while not folder.exists():
         folder = folder.parent
-    source = max(conversion.checkpoint.files.values(), key=lambda file: file.stat().st_size)
+    source = max(conversion.checkpoint.all_files, key=lambda file: file.stat().st_size)
     begin = time.perf_counter()
     copied = 0
     with open(source, "rb") as f, tempfile.TemporaryFile(dir=folder) as out:

@@ -19,15 +19,16 @@ import yaml
 from auto_trans.config import AutoTransConfig
 from auto_trans.coordination.election import Assignment, elect
 from auto_trans.coordination.files import read_json, write_json
-from auto_trans.core.plan import plan_conversion
+from auto_trans.core.plan import make_plan
+from auto_trans.core.rules import check_heads, check_shapes
+from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import AutoTransError
 from auto_trans.hooks.patches import KNOWN_VERSIONS
 from auto_trans.sizes import format_bytes
 from auto_trans.storage.capacity import available_memory, free_disk
 from auto_trans.storage.clean import check_cleanable
-from auto_trans.storage.formats import scan
-from auto_trans.storage.scanned import ScannedSource, as_strategy, find_source
+from auto_trans.storage.sources import ScannedFiles, as_strategy, find_sources
 
 __all__ = ["Check", "examine", "probe_file_system"]
 
@@ -182,18 +183,23 @@ def _job(settings: Mapping[str, Any], world_size: int) -> Iterator[Check]:
             [p for p in (config.load_checkpoint, config.src_strategy) if p],
         )
         source = as_strategy(config.src_strategy)
-        found = find_source(config.load_checkpoint, source, config.resume_file)
+        found = find_sources(config.load_checkpoint, source, config.resume_file)
         yield Check(
             "ok", f"source strategy: {source.world_size} ranks in {source.stages} stage{'s' * (source.stages > 1)}"
         )
         size = 0
         for one in found:
-            for file in one.files.values():
-                size += scan(file).size
+            size += sum(file.stat().st_size for file in one.all_files)
+            heads = ScannedFiles(one)
+            opened = SlicedSource(source, heads)
+            check_shapes(opened)
             # the plan of one complete file needs every slice, so it finds what is missing or does not fit
-            plan = plan_conversion(source, Strategy.complete(), ScannedSource(one))
+            plan = make_plan(opened, Strategy.complete())
+            check_heads(source, heads)
             size = max(size, plan.nbytes)
-            yield Check("ok", f"{one.path}: {len(one.files)} file{'s' * (len(one.files) > 1)} readable and complete")
+            yield Check(
+                "ok", f"{one.path}: {len(one.all_files)} file{'s' * (len(one.all_files) > 1)} readable and complete"
+            )
     except AutoTransError as e:
         yield Check("error", str(e))
         return

@@ -27,10 +27,14 @@
         ├── RankLostError            (TimeoutError)       another rank died or hangs
         └── OutputBusyError                               another job works in the same output directory
 
-Every message names what is concerned (rank, file, parameter) and what to do about it.
+Every message names what is concerned (rank, file, parameter) and what to do about it. A setting stands in it between « and »
+by its name in the library; the door that the user came through shows its own name for it: `told_by`.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
 
 __all__ = [
     "AutoTransError",
@@ -60,8 +64,24 @@ __all__ = [
 ]
 
 
+_SETTING = re.compile("«([^»]*)»")
+
+
 class AutoTransError(Exception):
     """Base of everything auto_trans raises on purpose."""
+
+    _words: Mapping[str, str] = {}
+
+    def __str__(self) -> str:
+        return _SETTING.sub(lambda match: self._words.get(match[1], match[1]), super().__str__())
+
+    def told_by(self, words: Mapping[str, str]) -> None:
+        """Has the message name settings as the user knows them, e.g. as flags or YAML keys.
+
+        Args:
+            words: The library's name of a setting -> the user's.
+        """
+        self._words = words
 
 
 class ConfigError(AutoTransError, ValueError):

@@ -1,8 +1,9 @@
 """Merges distributed weights into one complete set of safetensors files, as HuggingFace and MindSpore lay it out.
 
-The set holds ``model-00001-of-0000K.safetensors``, ``model.safetensors.index.json`` (HuggingFace), ``param_name_map.json``
-(the same map, for ``mindspore.load_distributed_checkpoint(unified_safetensors_dir=...)``), and, for what no strategy lists,
-``hyper_param.safetensors``. Every tensor streams through the engine; none is held as a whole.
+A thin front of the same conversion as every other, to a target that is a set of files with indices:
+``model-00001-of-0000K.safetensors``, ``model.safetensors.index.json`` (HuggingFace), ``param_name_map.json`` (the same map, for
+``mindspore.load_distributed_checkpoint(unified_safetensors_dir=...)``), and, for what no strategy lists,
+``hyper_param.safetensors``.
 """
 
 from __future__ import annotations
@@ -14,22 +15,19 @@ from pathlib import Path
 from typing import Optional, Union
 
 from auto_trans.config import parse_memory
-from auto_trans.core.plan import FilePlan, TensorPlan, plan_conversion
+from auto_trans.conversion import plan_conversion
+from auto_trans.core.edits import Drop
+from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
-from auto_trans.engine.native import DEFAULT_BUFFER_BYTES, Executor
-from auto_trans.errors import ConfigError, OutputExistsError, PlanError
+from auto_trans.errors import ConfigError
 from auto_trans.log import logger
-from auto_trans.progress import Meter
-from auto_trans.storage.capacity import check_disk, check_memory
-from auto_trans.storage.files import Publisher, write_json
-from auto_trans.storage.formats import FORMATS, encoded_size
-from auto_trans.storage.formats.index import content_digest
-from auto_trans.storage.scanned import PathLike, ScannedSource, StrategyLike, as_strategy, find_source
+from auto_trans.request import Request
+from auto_trans.storage.formats import scan
+from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy
+from auto_trans.storage.targets import HYPER_PARAMETERS, SafetensorsSet
 
-__all__ = ["HYPER_PARAMETERS", "MergeReport", "merge_safetensors", "parse_shard_size"]
+__all__ = ["MergeReport", "merge_safetensors", "parse_shard_size"]
 
-HYPER_PARAMETERS = "hyper_param.safetensors"
-_INDICES = ("model.safetensors.index.json", "param_name_map.json")
 _DECIMAL = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -42,12 +40,14 @@ class MergeReport:
         files: The files with weights, in order.
         parameters: Number of parameters in them.
         total_size: Bytes of these parameters.
+        reused: How many files were there already, made for the same merge.
     """
 
     target: Path
     files: tuple[str, ...]
     parameters: int
     total_size: int
+    reused: int = 0
 
 
 def parse_shard_size(text: Union[str, int]) -> int:
@@ -62,7 +62,7 @@ def parse_shard_size(text: Union[str, int]) -> int:
     if match:
         size = int(float(match[1]) * (1024 ** " KMGT".index(unit or " ") if match[3] else _DECIMAL[unit]))
     if not size:
-        raise ConfigError(f"max_shard_size must be a size such as 5GB, not {text!r}")
+        raise ConfigError(f"«max_shard_size» must be a size such as 5GB, not {text!r}")
     return size
 
 
@@ -76,7 +76,10 @@ def merge_safetensors(
     max_shard_size: Union[str, int] = "5GB",
     filter_out_param_prefix: Sequence[str] = (),
     check_replicas: bool = False,
+    processes: int = 1,
     memory_limit: Union[int, str, None] = None,
+    allow_extra: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
     quiet: bool = True,
 ) -> MergeReport:
     """Merges the slices of a distributed checkpoint into complete safetensors files.
@@ -84,100 +87,51 @@ def merge_safetensors(
     Args:
         src: A folder of ``rank_N/`` folders. A slice may lie with only one of the ranks that share it, as after MindSpore's
             ``remove_redundancy``; it is found wherever it is.
-        dst: An empty or new folder.
+        dst: Folder that gets the set. A merge that was interrupted goes on; anything else in the folder is refused.
         src_strategy: Strategy that the weights were saved under.
         file_suffix: Of several files in a rank folder the one whose name ends so, e.g. ``1_1``; the latest step by default.
         redundancy_removed: Whether redundancy was removed from the files. What their metadata say wins, with a warning.
         max_shard_size: Largest size of a file; a single larger parameter gets a file of its own.
         filter_out_param_prefix: Parameters that begin so are left out, e.g. ``adam_``.
         check_replicas: Compare all copies of every slice (reads every file whole).
-        memory_limit: Memory that the merge may use; 64 MiB by default.
+        processes: Worker processes on this machine.
+        memory_limit: Memory that a process may use; 64 MiB by default.
+        allow_extra: Patterns of parameters that are taken as whole although the strategy does not list them.
+        allow_missing: Patterns of weights that the strategy lists and the files may lack.
         quiet: Show no progress.
 
     Raises:
         MissingSliceError: A part of a parameter is nowhere.
-        OutputExistsError: The target folder is not empty.
+        OutputExistsError: The target folder holds something else.
         PlanError: Copies of a slice differ.
     """
-    folder, limit, shard_size = Path(dst), parse_memory(memory_limit), parse_shard_size(max_shard_size)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputExistsError(f"{folder} is not an empty folder; give a new or empty one")
     source = as_strategy(src_strategy)
     if source.is_complete:
-        raise ConfigError("a merge needs the strategy that the weights were saved under")
-    found = find_source(src, source, step=file_suffix)
-    prefixes = (*filter_out_param_prefix, "accu_grads.")
-    index = ScannedSource(found[0], lambda name: name.startswith(prefixes))
-    plan = plan_conversion(source, Strategy.complete(), index)
-    sources = {rank: index.file(rank) for rank in plan.source_ranks}
-    _compare_with_metadata(sources.values(), redundancy_removed)
-    tensors = plan.files[0].tensors
-    carried = set(plan.carried)
-    shards = _shards([t for t in tensors if t.name not in carried], shard_size)
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = dict(zip(names, shards))
-    hyper = [t for t in tensors if t.name in carried]
-    if hyper:
-        files[HYPER_PARAMETERS] = hyper
-    check_memory(limit)
-    check_disk(folder, sum(encoded_size(FORMATS["safetensors"], shard) for shard in files.values()))
-    if check_replicas:
-        _check_replicas(index, source, [t for t in tensors if t.name not in carried])
-    meter = Meter(sum(t.nbytes for t in tensors), f"merging {found[0].name}", quiet=quiet)
-    try:
-        with (
-            Executor(sources, min(DEFAULT_BUFFER_BYTES, limit // 2), meter) as executor,
-            Publisher[None]() as publisher,
-        ):
-            for name, shard in files.items():
-                out = executor.write(FilePlan((0,), tuple(shard)), folder / name, FORMATS["safetensors"])
-                publisher.submit(out.publish)
-    finally:
-        meter.close()
-    total = sum(t.nbytes for shard in shards for t in shard)
-    weight_map = {t.name: name for name, shard in zip(names, shards) for t in shard}
-    for name in _INDICES:  # last: they tell that the set is complete
-        write_json(folder / name, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return MergeReport(folder, tuple(names), len(weight_map), total)
+        raise ConfigError("a merge needs the strategy that the weights were saved under («src_strategy»)")
+    request = Request(
+        Path(src), Path(dst), source, Strategy.complete(), format="safetensors", step=file_suffix,
+        edits=(Drop((*filter_out_param_prefix, "accu_grads.")),), shard_size=parse_shard_size(max_shard_size),
+        allowed=Allowed(tuple(allow_extra), tuple(allow_missing)), processes=processes,
+        memory_limit=parse_memory(memory_limit), check_replicas=check_replicas,
+    )  # fmt: skip
+    conversion = plan_conversion(request)
+    _compare_with_metadata((Path(file.path) for file in conversion.plan.source_files), redundancy_removed)
+    conversion.check()
+    conversion.log_plan()
+    report = conversion.run(quiet=quiet)
+    target = conversion.target
+    assert isinstance(target, SafetensorsSet)
+    names = tuple(record.file for record in report.files if record.file != HYPER_PARAMETERS)
+    return MergeReport(request.dst, names, len(target.weight_map), target.total_size, len(report.reused))
 
 
-def _shards(tensors: Sequence[TensorPlan], size: int) -> list[list[TensorPlan]]:
-    """The tensors by file, in their order."""
-    shards: list[list[TensorPlan]] = []
-    room = 0
-    for tensor in tensors:
-        if not shards or tensor.nbytes > room:
-            shards.append([])
-            room = size
-        shards[-1].append(tensor)
-        room -= tensor.nbytes
-    return shards
-
-
-def _compare_with_metadata(files: Iterable, claimed: Optional[bool]) -> None:
-    said = {file.redundancy_removed for file in files} - {None}
-    if claimed is not None and said and said != {claimed}:
+def _compare_with_metadata(files: Iterable[Path], claimed: Optional[bool]) -> None:
+    if claimed is None:
+        return
+    said = {scan(file).redundancy_removed for file in files} - {None}
+    if said and said != {claimed}:
         logger.warning(
             "has_redundancy says that redundancy was %sremoved from the weights, but their metadata say "
             "remove_redundancy: %s; the metadata are followed",
-            "" if claimed else "not ", ", ".join(map(str, sorted(said))),
+            "" if claimed else "not ", ", ".join(map(str, sorted(map(bool, said)))),
         )  # fmt: skip
-
-
-def _check_replicas(index: ScannedSource, source: Strategy, tensors: Sequence[TensorPlan]) -> None:
-    """Raises PlanError if two ranks that should hold the same slice hold different bytes."""
-    for tensor in tensors:
-        for stage in source.stages_of(tensor.name):
-            layout = source.layouts[tensor.name][stage]
-            first: dict[tuple[int, ...], tuple[int, str]] = {}
-            for rank in index.ranks:
-                if source.stage_of(rank) != stage or tensor.name not in index.tensors(rank):
-                    continue
-                cell = layout.cell(rank % source.stage_devices, len(tensor.shape))
-                digest = content_digest(index.file(rank), tensor.name)
-                other, expected = first.setdefault(cell, (rank, digest))
-                if digest != expected:
-                    raise PlanError(
-                        f"rank {other} and rank {rank} should hold the same slice of parameter {tensor.name}, but their "
-                        f"files differ; find out which of them is right"
-                    )

@@ -12,10 +12,10 @@ from typing import Any, Optional
 
 from auto_trans.core.layout import Layout
 from auto_trans.core.strategy import Strategy
-from auto_trans.describe import parameter_shapes, sliced_how
+from auto_trans.describe import slice_shapes, sliced_how
 from auto_trans.errors import ConfigError
 from auto_trans.storage.files import new_file
-from auto_trans.storage.sources import SourceCheckpoint
+from auto_trans.storage.sources import Checkpoint
 
 __all__ = ["write_page"]
 
@@ -26,7 +26,7 @@ def write_page(
     path: Path,
     before: Strategy,
     after: Optional[Strategy],
-    weights: Optional[SourceCheckpoint] = None,
+    weights: Optional[Checkpoint] = None,
     pattern: str = "*",
 ) -> None:
     """Writes the page.
@@ -42,7 +42,7 @@ def write_page(
     Raises:
         ConfigError: No parameter matches.
     """
-    shapes = parameter_shapes(weights)
+    shapes = slice_shapes(before, weights)
     names = sorted(name for name in before.names() if fnmatchcase(name, pattern))
     if not names:
         raise ConfigError(f"no parameter of {before.origin} matches {pattern!r}")

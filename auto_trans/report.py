@@ -18,11 +18,11 @@ class ConversionReport:
 
     Attributes:
         source: The source file or folder.
-        target: The folder that holds ``rank_N/``.
-        files: The target files of the ranks that were asked for, by rank.
-        converted: The ranks whose files were written.
+        target: The target folder.
+        files: The target files of the ranks that were asked for, by rank and name.
+        converted: The ranks whose files were written; of a complete set rank 0 for every file.
         linked: The ranks whose files are links to (or copies of) those of an identical rank.
-        reused: The ranks whose files were there already, made from the same inputs.
+        reused: The ranks whose files were there already, made for the same request.
         bytes_written: Bytes of the files written, without links.
         seconds: Wall time.
         carried: Parameters that no strategy lists; copied as they are.
@@ -47,7 +47,7 @@ class ConversionReport:
         """One report of the parts of a conversion that ran beside each other."""
         return replace(
             reports[0],
-            files=tuple(sorted((f for r in reports for f in r.files), key=lambda f: f.rank)),
+            files=tuple(sorted((f for r in reports for f in r.files), key=lambda f: (f.rank, f.file))),
             converted=tuple(sorted(rank for r in reports for rank in r.converted)),
             linked=tuple(sorted(rank for r in reports for rank in r.linked)),
             reused=tuple(sorted(rank for r in reports for rank in r.reused)),

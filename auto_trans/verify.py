@@ -7,23 +7,24 @@ compares what both hold.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO, NamedTuple, Optional
 
 import numpy as np
-import xxhash
 
-from auto_trans.core.layout import Box, Layout, Shape, split_box
+from auto_trans.core.layout import Layout
+from auto_trans.core.plan import make_plan
+from auto_trans.core.rules import NOTHING, Allowed
+from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import CheckpointNotFoundError, LayoutError
-from auto_trans.storage.formats import scan
-from auto_trans.storage.formats.index import CheckpointIndex, StoredTensor
-from auto_trans.storage.manifest import MANIFEST_NAME
-from auto_trans.storage.sources import SourceCheckpoint, find_checkpoints
+from auto_trans.core.tensor import Box, Shape, split_box
+from auto_trans.errors import CheckpointNotFoundError, ConfigError, LayoutError
+from auto_trans.storage.formats.head import FileHead, StoredTensor, digest_extents
+from auto_trans.storage.manifest import MANIFEST_NAME, read_manifest
+from auto_trans.storage.sources import Checkpoint, ScannedFiles, find_checkpoints
 
 __all__ = ["Difference", "verify_against", "verify_digests"]
 
@@ -54,123 +55,144 @@ class Difference:
 def verify_digests(folder: Path) -> list[Difference]:
     """Compares the files of a finished conversion with the digests in its manifest.
 
+    Args:
+        folder: The target folder of the conversion; of several complete checkpoints the one above theirs.
+
     Raises:
         CheckpointNotFoundError: The folder has no manifest.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise CheckpointNotFoundError(
-            f"{folder} has no readable {MANIFEST_NAME} ({e}): the conversion was not finished, or not made by auto_trans; "
-            f"compare it with its source instead (--against)"
-        ) from e
+    records = read_manifest(folder)
+    if records is None:
+        below = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))
+        if not below:
+            raise CheckpointNotFoundError(
+                f"{folder} has no readable {MANIFEST_NAME}: the conversion was not finished, or not made by auto_trans; "
+                f"compare it with its source instead (--against)"
+            )
+        return [difference for one in below for difference in verify_digests(one)]
     differences = []
-    for record in manifest["files"]:
-        path = folder / record["file"]
+    for record in records:
+        path = folder / record.file
         if not path.is_file():
-            differences.append(Difference(record["rank"], str(path), "", "is missing"))
-        elif _digest(path) != record["xxh3_128"]:
-            differences.append(Difference(record["rank"], str(path), "", "differs from its digest in the manifest"))
+            differences.append(Difference(record.rank, str(path), "", "is missing"))
+        elif digest_extents(path, [(0, path.stat().st_size)]) != record.xxh3_128:
+            differences.append(Difference(record.rank, str(path), "", "differs from its digest in the manifest"))
     return differences
 
 
 def verify_against(
     folder: Path,
-    original: SourceCheckpoint,
+    original: Checkpoint,
     source: Strategy,
     target: Strategy,
     *,
     ranks: Optional[Sequence[int]] = None,
+    allowed: Allowed = NOTHING,
     limit: int = 20,
 ) -> tuple[list[Difference], int]:
     """Compares every byte of converted weights with their source.
 
     Args:
-        folder: The converted weights: ``rank_N`` folders.
+        folder: The converted weights: ``rank_N`` folders, or one complete checkpoint.
         original: The source.
         source: Strategy of the source.
         target: Strategy of the converted weights.
         ranks: The target ranks to compare; all by default.
+        allowed: What was allowed although it looked wrong.
         limit: After how many differences to stop.
 
     Returns:
         The differences, and the number of bytes compared.
+
+    Raises:
+        ConfigError: The folder holds several complete checkpoints.
+        PlanError: The strategies do not tell how a weight is sliced, so that being equal would say nothing.
     """
-    (made,) = find_checkpoints(folder)
-    sources = {rank: _Reader(scan(file)) for rank, file in original.files.items()}
+    found = find_checkpoints(folder)
+    if len(found) > 1:
+        names = ", ".join(one.path.name for one in found[:3])
+        raise ConfigError(f"{folder} holds {len(found)} complete checkpoints ({names}, ...); give one of the files")
+    (made,) = found
+    make_plan(SlicedSource(source, ScannedFiles(original)), target, ranks, allowed=allowed)  # the rules refuse it
+    sources = [_Held(rank, head) for rank, heads in _heads(original) for head in heads]
+    converted = dict(_heads(made))
     differences: list[Difference] = []
     compared = 0
     for rank in range(target.world_size) if ranks is None else ranks:
-        if rank not in made.files:
+        if rank not in converted:
             differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is missing"))
             continue
-        reader = _Reader(scan(made.files[rank]))
-        for name, tensor in reader.index.tensors.items():
-            layout = target.layout(name, target.stage_of(rank)) or Layout.complete(target.stage_devices)
-            what = _compare(name, tensor, reader, layout, rank % target.stage_devices, sources, source)
-            compared += tensor.nbytes
-            if what:
-                differences.append(Difference(rank, str(made.files[rank]), name, what))
-                if len(differences) >= limit:
-                    return differences, compared
+        for head in converted[rank]:
+            for name, tensor in head.tensors.items():
+                layout = target.layout(name, target.stage_of(rank)) or Layout.whole(target.stage_devices)
+                slice_ = _Slice(name, tensor, head, layout, rank % target.stage_devices)
+                what = _compare(slice_, sources, source)
+                compared += tensor.nbytes
+                if what:
+                    differences.append(Difference(rank, str(head.path), name, what))
+                    if len(differences) >= limit:
+                        return differences, compared
     return differences, compared
 
 
-class _Reader:
-    """Reads boxes of the tensors of a file with plain reads."""
+class _Held(NamedTuple):
+    """A source file and the rank that it belongs to."""
 
-    def __init__(self, index: CheckpointIndex) -> None:
-        self.index = index
-
-    def read(self, tensor: StoredTensor, box: Box) -> np.ndarray:
-        """A box of a tensor, as an array of elements of raw bytes."""
-        item = tensor.nbytes // max(math.prod(tensor.shape), 1)
-        out = np.empty((*box.size, item), np.uint8)
-        rows = out.reshape(-1, (box.size[-1] if box.size else 1) * item)
-        with open(self.index.path, "rb", buffering=0) as f:
-            for row, position in zip(rows, _row_positions(tensor.shape, box)):
-                _read_flat(f, tensor.segments, position * item, row)
-        return out
+    rank: int
+    head: FileHead
 
 
-def _compare(
-    name: str,
-    tensor: StoredTensor,
-    reader: _Reader,
-    layout: Layout,
-    local: int,
-    sources: dict[int, _Reader],
-    source: Strategy,
-) -> str:
-    """What is wrong with a target tensor, or nothing."""
-    holders = {rank: r for rank, r in sources.items() if name in r.index.tensors}
+class _Slice(NamedTuple):
+    """A converted slice: where it lies and how it should be sliced."""
+
+    name: str
+    tensor: StoredTensor
+    head: FileHead
+    layout: Layout
+    local: int
+
+
+def _heads(checkpoint: Checkpoint) -> Iterator[tuple[int, list[FileHead]]]:
+    scanned = ScannedFiles(checkpoint)
+    return ((rank, scanned.heads(rank)) for rank in scanned.ranks)
+
+
+def _read(head: FileHead, tensor: StoredTensor, box: Box) -> np.ndarray:
+    """A box of a tensor, as an array of elements of raw bytes, by plain reads."""
+    item = tensor.nbytes // max(math.prod(tensor.shape), 1)
+    out = np.empty((*box.size, item), np.uint8)
+    rows = out.reshape(-1, (box.size[-1] if box.size else 1) * item)
+    with open(head.path, "rb", buffering=0) as f:
+        for row, position in zip(rows, _row_positions(tensor.shape, box)):
+            _read_flat(f, tensor.segments, position * item, row)
+    return out
+
+
+def _compare(made: _Slice, sources: Sequence[_Held], source: Strategy) -> str:
+    """What is wrong with a converted slice, or nothing."""
+    holders = [held for held in sources if made.name in held.head.tensors]
     if not holders:
         return "is not in the source"
     try:
-        full, target_box = _full_box(tensor, layout, local)
+        full, target_box = _full_box(made.tensor, made.layout, made.local)
     except LayoutError as e:
         return str(e)
-    for part in split_box(
-        Box.whole(tensor.shape), max(1, _READ_BYTES * math.prod(tensor.shape) // max(tensor.nbytes, 1))
-    ):
+    whole, nbytes = Box.whole(made.tensor.shape), made.tensor.nbytes
+    for part in split_box(whole, max(1, _READ_BYTES * whole.volume // max(nbytes, 1))):
         place = Box(tuple(o + p for o, p in zip(target_box.offset, part.offset)), part.size)
-        got = reader.read(tensor, part)
-        seen = np.zeros(part.size, bool)
-        for rank, holder in holders.items():
-            stored = holder.index.tensors[name]
-            held = source.layout(name, source.stage_of(rank)) or Layout.complete(source.stage_devices)
+        got, seen = _read(made.head, made.tensor, part), np.zeros(part.size, bool)
+        for rank, head in holders:
+            stored = head.tensors[made.name]
+            held = source.layout(made.name, source.stage_of(rank)) or Layout.whole(source.stage_devices)
             source_full, source_box = _full_box(stored, held, rank % source.stage_devices)
-            if source_full != full or stored.dtype != tensor.dtype:
-                return (
-                    f"is {list(full)} {tensor.dtype} as a whole, but {list(source_full)} {stored.dtype} in the source"
-                )
+            if source_full != full or stored.dtype != made.tensor.dtype:
+                return f"is {list(full)} {made.tensor.dtype} as a whole, but {list(source_full)} {stored.dtype} in the source"
             common = place.intersect(source_box) if place.size else place
             if common is None or seen[common.relative_to(place.offset).slices()].all():
                 continue
-            expected = holder.read(stored, common.relative_to(source_box.offset))
             inside = common.relative_to(place.offset).slices()
-            if not np.array_equal(got[inside], expected):
-                return f"differs from {holder.index.path}"
+            if not np.array_equal(got[inside], _read(head, stored, common.relative_to(source_box.offset))):
+                return f"differs from {head.path}"
             seen[inside] = True
         if not seen.all():
             return "is not covered by the source ranks that are there"
@@ -203,11 +225,3 @@ def _read_flat(f: BinaryIO, segments: tuple[tuple[int, int], ...], position: int
             view, position = view[now:], 0
         else:
             position -= nbytes
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as f:
-        while part := f.read(_READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()

@@ -1,18 +1,24 @@
-"""``auto-trans convert``: a thin shell over `auto_trans.convert`."""
+"""``auto-trans convert``: converts a checkpoint, or shows the plan."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
+from auto_trans.cli.parsers import add_allowed, add_command
 from auto_trans.cli.tables import print_json, print_table, ranks_text
+
+if TYPE_CHECKING:
+    from auto_trans.conversion import Conversion
+    from auto_trans.report import ConversionReport
+    from auto_trans.request import Request
 
 __all__ = ["add_parser", "parse_ranks"]
 
 _EXAMPLES = """\
-examples:
   cut a complete checkpoint into the slices of a job:
     auto-trans convert llama3_8b.ckpt out --dst-strategy output/strategy
   from one parallel strategy to another, with four processes:
@@ -28,16 +34,21 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "convert",
+        _run,
         help="convert a checkpoint to another parallel strategy",
         description="Converts a checkpoint to another parallel strategy and writes DST/rank_N/checkpoint_N.ckpt. Started "
         "again with the same inputs it keeps what is complete; files of anything else are not overwritten.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
     add = parser.add_argument
-    add("src", metavar="SRC", help="a complete file, a folder of rank_N folders, or a folder of complete files")
+    add(
+        "src",
+        metavar="SRC",
+        help="a complete file, a folder of rank_N folders, of shards with their index, or of complete files",
+    )
     add("dst", metavar="DST", help="the target folder; of several complete files each gets a folder of its name there")
     add("--src-strategy", metavar="P", help="strategy file, merged file or folder of SRC (none: SRC is complete)")
     add("--dst-strategy", metavar="P", help="strategy file, merged file or folder of DST (none: one complete file)")
@@ -52,12 +63,13 @@ def add_parser(subparsers: Any) -> None:
     add("--format", choices=["ckpt", "safetensors"], help="format of the files written (default: that of SRC)")
     add("--memory", metavar="SIZE", help="memory of a process, e.g. 512MiB (default: 64MiB)")
     add("--engine", default="native", choices=["native", "mindspore"], help="who converts (default: %(default)s)")
+    add_allowed(parser)
     add("--no-reuse", action="store_true", help="convert again what is complete already")
     add("--dry-run", action="store_true", help="show the plan and whether it could succeed; convert nothing")
+    add("--measure", action="store_true", help="with --dry-run: write 32 MiB beside DST to estimate the time")
     add("--verify", action="store_true", help="compare every byte with the source afterwards")
     add("--quiet", action="store_true", help="show no progress")
     add("--json", action="store_true", help="print the plan or the report as JSON")
-    parser.set_defaults(run=_run)
 
 
 def parse_ranks(text: Optional[str]) -> Optional[list[int]]:
@@ -80,37 +92,43 @@ def parse_ranks(text: Optional[str]) -> Optional[list[int]]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from auto_trans.config import parse_memory
-    from auto_trans.conversion import Conversion, run_conversion
-    from auto_trans.engine.workers import run_with_workers
-    from auto_trans.storage.scanned import as_strategy, find_source
+    from auto_trans.conversion import plan_conversions
 
-    source, target = as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy)
-    found = find_source(arguments.src, source, step=arguments.step)
+    request = _request(arguments)
     failed = False
-    for checkpoint in found:
-        conversion = Conversion(
-            checkpoint, Path(arguments.dst) / (checkpoint.name if len(found) > 1 else ""), source, target,
-            prefix=arguments.prefix, ranks=parse_ranks(arguments.ranks), memory_limit=parse_memory(arguments.memory),
-            format=arguments.format, reuse=not arguments.no_reuse,
-        )  # fmt: skip
+    for conversion in plan_conversions(request):
         if arguments.dry_run:
-            failed |= not _show_plan(conversion, arguments.json)
+            failed |= not _show_plan(conversion, as_json=arguments.json, measure=arguments.measure)
             continue
-        if arguments.engine == "native":
-            report = run_with_workers(conversion, arguments.processes, quiet=arguments.quiet)
-        else:
-            report = run_conversion(conversion, arguments.engine, quiet=arguments.quiet)
+        conversion.check()
+        conversion.log_plan()
+        report = conversion.run(quiet=arguments.quiet or arguments.json)
         if arguments.json:
             print_json(_facts(report))
         else:
             print(report)
         if arguments.verify:
-            failed |= not _verify(conversion, source, target)
+            failed |= not _verify(conversion, quiet=arguments.json)
     return 1 if failed else 0
 
 
-def _facts(report: Any) -> dict[str, Any]:
+def _request(arguments: argparse.Namespace) -> Request:
+    from auto_trans.config import parse_memory
+    from auto_trans.core.rules import Allowed
+    from auto_trans.request import Request
+    from auto_trans.storage.sources import as_strategy
+
+    ranks = parse_ranks(arguments.ranks)
+    return Request(
+        Path(arguments.src), Path(arguments.dst), as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy),
+        ranks=None if ranks is None else tuple(ranks), prefix=arguments.prefix, format=arguments.format,
+        allowed=Allowed(tuple(arguments.allow_extra), tuple(arguments.allow_missing)), step=arguments.step,
+        engine=arguments.engine, processes=arguments.processes, memory_limit=parse_memory(arguments.memory),
+        reuse=not arguments.no_reuse,
+    )  # fmt: skip
+
+
+def _facts(report: ConversionReport) -> dict[str, Any]:
     return {
         "source": str(report.source),
         "target": str(report.target),
@@ -126,25 +144,27 @@ def _facts(report: Any) -> dict[str, Any]:
     }
 
 
-def _verify(conversion: Any, source: Any, target: Any) -> bool:
+def _verify(conversion: Conversion, *, quiet: bool) -> bool:
     from auto_trans.sizes import format_bytes
     from auto_trans.verify import verify_against
 
+    request = conversion.request
     wrong, compared = verify_against(
-        conversion.dst, conversion.checkpoint, source, target, ranks=conversion.ranks
+        request.dst, conversion.checkpoint, request.from_strategy, request.to_strategy, ranks=conversion.plan.ranks,
+        allowed=request.allowed,
     )  # fmt: skip
     for difference in wrong:
-        print(difference)
-    if not wrong:
+        print(difference, file=sys.stderr if quiet else sys.stdout)
+    if not wrong and not quiet:
         print(f"verified: {format_bytes(compared)} equal to the source")
     return not wrong
 
 
-def _show_plan(conversion: Any, as_json: bool) -> bool:
+def _show_plan(conversion: Conversion, *, as_json: bool, measure: bool) -> bool:
     from auto_trans.describe import describe_plan
     from auto_trans.sizes import format_bytes
 
-    plan = describe_plan(conversion)
+    plan = describe_plan(conversion, measure=measure)
     if as_json:
         print_json(plan)
         return not plan["problem"]
@@ -163,6 +183,8 @@ def _show_plan(conversion: Any, as_json: bool) -> bool:
     print(f"memory     {format_bytes(plan['memory'])} at most, {format_bytes(plan['memory_available'])} available")
     if plan["seconds"] is not None:
         print(f"time       about {max(plan['seconds'], 0.1):.1f} s, by a short measured copy")
+    else:
+        print("time       not measured; --measure writes 32 MiB beside DST to tell")
     for key, text in (
         ("carried", "carried over as they are"),
         ("absent", "not in the source"),
@@ -170,6 +192,8 @@ def _show_plan(conversion: Any, as_json: bool) -> bool:
     ):
         if plan[key]:
             print(f"{text}: {', '.join(plan[key][:5])}{' ...' if len(plan[key]) > 5 else ''}")
+    for warning in plan["warnings"]:
+        print(f"warning: {warning}")
     _show_advice(plan["transform_process_num"])
     if plan["problem"]:
         print(f"\nit could not succeed: {plan['problem']}")

@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from auto_trans.cli.parsers import add_command
 from auto_trans.cli.tables import print_json, print_table, ranks_text
 
 __all__ = ["add_parser"]
 
 _EXAMPLES = """\
-examples:
   is the hook active here:
     auto-trans doctor
   will the job of this YAML convert its weights:
@@ -21,20 +21,20 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "doctor",
+        _run,
         help="check the environment, and the settings of a job",
         description="Checks whether the hook is active in this environment and, with the YAML of a job, everything that can "
         "be checked before the job starts. Exits with 1 if something would make it fail.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
     parser.add_argument("config", metavar="CONFIG.yaml", type=Path, nargs="?", help="the YAML of a job")
     parser.add_argument(
         "--world-size", type=int, metavar="N", help="number of ranks (default: by parallel_config in the YAML)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

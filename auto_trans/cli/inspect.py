@@ -6,12 +6,12 @@ import argparse
 from pathlib import Path
 from typing import Any, Optional
 
+from auto_trans.cli.parsers import add_command
 from auto_trans.cli.tables import print_json, print_table, ranks_text
 
 __all__ = ["add_parser"]
 
 _EXAMPLES = """\
-examples:
   how is every parameter sliced:
     auto-trans inspect output/strategy
   with shapes, and bytes per rank:
@@ -25,12 +25,13 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "inspect",
+        _run,
         help="show what a strategy or a checkpoint holds",
         description="Shows how a strategy slices the parameters of a job, or what the files of a checkpoint hold.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="a strategy file or folder, or a checkpoint file or folder")
@@ -40,7 +41,6 @@ def add_parser(subparsers: Any) -> None:
     add("--crc", action="store_true", help="compute the crc of files that carry one (reads them whole)")
     add("--html", metavar="FILE", type=Path, help="write a page that shows the slices of every parameter")
     add("--json", action="store_true", help="print JSON")
-    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from auto_trans.cli.parsers import add_allowed, add_command
+
 __all__ = ["add_parser"]
 
 _EXAMPLES = """\
-examples:
   complete weights, trained with lora_alpha 16 and lora_rank 8:
     auto-trans merge-lora finetuned.ckpt merged --scaling 16/8
   distributed weights to one complete file:
@@ -20,24 +21,26 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "merge-lora",
+        _run,
         help="merge LoRA weights into the base weights",
         description="Merges LoRA weights into the base weights beside them: W' = W + (B @ A) * scaling.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
     add = parser.add_argument
     add("src", metavar="SRC", help="a complete file, or a folder of rank_N folders, with base and LoRA weights")
-    add("dst", metavar="DST", help="an empty or new folder; gets rank_N/checkpoint_N.ckpt")
+    add("dst", metavar="DST", help="the target folder; gets rank_N/checkpoint_N.ckpt")
     add("--src-strategy", metavar="P", help="strategy of SRC (none: SRC is complete)")
     add("--dst-strategy", metavar="P", help="strategy of the target (none: one complete file)")
-    add("--scaling", default="1", metavar="S", help="lora_alpha/lora_rank, as a number or as 16/8 (default: 1)")
+    add("--scaling", required=True, metavar="S", help="lora_alpha/lora_rank, as a number or as 16/8")
     add("--prefix", default="checkpoint_", help="beginning of the file names (default: %(default)s)")
     add("--format", choices=["ckpt", "safetensors"], help="format of the files written (default: that of SRC)")
+    add("--processes", type=int, default=1, metavar="N", help="worker processes on this machine (default: 1)")
+    add_allowed(parser)
     add("--memory", metavar="SIZE", help="memory for the parts that are merged (default: 64MiB)")
     add("--quiet", action="store_true", help="show no progress")
-    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -45,7 +48,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     report = merge_lora(
         arguments.src, arguments.dst, arguments.src_strategy, arguments.dst_strategy, scaling=arguments.scaling,
-        prefix=arguments.prefix, format=arguments.format, memory_limit=arguments.memory, quiet=arguments.quiet,
+        prefix=arguments.prefix, format=arguments.format, processes=arguments.processes, memory_limit=arguments.memory,
+        allow_extra=tuple(arguments.allow_extra), allow_missing=tuple(arguments.allow_missing), quiet=arguments.quiet,
     )  # fmt: skip
     print(report)
     return 0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from auto_trans.cli.parsers import add_allowed, add_command
+
 __all__ = ["add_parser"]
 
 _EXAMPLES = """\
-examples:
   the latest step, without optimizer state:
     auto-trans merge-safetensors output/checkpoint merged --src-strategy output/strategy --filter-out-param-prefix adam_
   the files that end with -3_200.safetensors:
@@ -18,24 +19,26 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "merge-safetensors",
+        _run,
         help="merge distributed weights into complete safetensors files",
         description="Merges distributed weights into safetensors files with the indices of HuggingFace and MindSpore.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
     add = parser.add_argument
     add("src", metavar="SRC", help="a folder of rank_N folders")
-    add("dst", metavar="DST", help="an empty or new folder")
+    add("dst", metavar="DST", help="the target folder")
     add("--src-strategy", metavar="P", required=True, help="strategy file, merged file or folder of SRC")
     add("--file-suffix", metavar="S", help="end of the file names to take, e.g. 1_1 (default: the latest step)")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a file (default: %(default)s)")
     add("--filter-out-param-prefix", metavar="P", nargs="*", default=[], help="leave out parameters that begin so")
     add("--check-replicas", action="store_true", help="compare all copies of every slice (reads every file whole)")
+    add("--processes", type=int, default=1, metavar="N", help="worker processes on this machine (default: 1)")
+    add_allowed(parser)
     add("--memory", metavar="SIZE", help="memory of the merge (default: 64MiB)")
     add("--quiet", action="store_true", help="show no progress")
-    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -45,8 +48,10 @@ def _run(arguments: argparse.Namespace) -> int:
     report = merge_safetensors(
         arguments.src, arguments.dst, arguments.src_strategy, file_suffix=arguments.file_suffix,
         max_shard_size=arguments.max_shard_size, filter_out_param_prefix=arguments.filter_out_param_prefix,
-        check_replicas=arguments.check_replicas, memory_limit=arguments.memory, quiet=arguments.quiet,
+        check_replicas=arguments.check_replicas, processes=arguments.processes, memory_limit=arguments.memory,
+        allow_extra=arguments.allow_extra, allow_missing=arguments.allow_missing, quiet=arguments.quiet,
     )  # fmt: skip
     size = format_bytes(report.total_size)
-    print(f"{report.target}: {report.parameters} parameters, {size}, in {len(report.files)} files")
+    kept = f", {report.reused} of them there already" if report.reused else ""
+    print(f"{report.target}: {report.parameters} parameters, {size}, in {len(report.files)} files{kept}")
     return 0

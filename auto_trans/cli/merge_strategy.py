@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from auto_trans.cli.parsers import add_command
+
 __all__ = ["add_parser"]
 
 _EXAMPLES = """\
-examples:
   write output/strategy/merged_ckpt_strategy.ckpt:
     auto-trans merge-strategy output/strategy
   gather the strategy files of two nodes first:
@@ -19,18 +20,18 @@ examples:
 
 def add_parser(subparsers: Any) -> None:
     """Adds the subcommand."""
-    parser = subparsers.add_parser(
+    parser = add_command(
+        subparsers,
         "merge-strategy",
+        _run,
         help="merge the strategy files of all pipeline stages",
         description="Merges a folder's strategy files into one that MindSpore's own tools read, too.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=_EXAMPLES,
     )
     parser.add_argument("dir", metavar="DIR", type=Path, help="the folder of the ckpt_strategy_rank_N.ckpt files")
     parser.add_argument(
         "out", metavar="OUT", type=Path, nargs="?", help="the file to write (default: DIR/merged_ckpt_strategy.ckpt)"
     )
-    parser.set_defaults(run=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:

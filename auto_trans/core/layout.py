@@ -16,66 +16,11 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 
+from auto_trans.core.tensor import Box, Shape
 from auto_trans.errors import LayoutError
 
-__all__ = ["Box", "Layout", "Shape", "split_box"]
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Box:
-    """A part of a tensor: per dimension an offset and a size, in elements."""
-
-    offset: Shape
-    size: Shape
-
-    @classmethod
-    def whole(cls, shape: Shape) -> Box:
-        """The box that covers a tensor of ``shape``."""
-        return cls((0,) * len(shape), shape)
-
-    @property
-    def volume(self) -> int:
-        """Number of elements; 1 for a scalar."""
-        return math.prod(self.size)
-
-    def relative_to(self, origin: Shape) -> Box:
-        """The same box in the coordinates of a tensor that begins at ``origin``."""
-        return Box(tuple(a - b for a, b in zip(self.offset, origin)), self.size)
-
-    def slices(self) -> tuple[slice, ...]:
-        """The box as an index for numpy."""
-        return tuple(slice(o, o + s) for o, s in zip(self.offset, self.size))
-
-    def intersect(self, other: Box) -> Box | None:
-        """The common part, or None."""
-        low = tuple(max(a, b) for a, b in zip(self.offset, other.offset))
-        high = tuple(min(a + s, b + t) for a, s, b, t in zip(self.offset, self.size, other.offset, other.size))
-        if any(h <= o for o, h in zip(low, high)):
-            return None
-        return Box(low, tuple(h - o for o, h in zip(low, high)))
-
-
-def split_box(box: Box, limit: int) -> Iterator[Box]:
-    """Cuts a box into boxes of at most ``limit`` elements that follow each other in row-major order.
-
-    Cutting along the first dimension longer than 1 keeps every part contiguous in the box, so that parts can be
-    written one after the other.
-    """
-    if box.volume <= limit:
-        if box.volume:
-            yield box
-        return
-    axis = next(i for i, n in enumerate(box.size) if n > 1)
-    rows = max(1, limit // math.prod(box.size[axis + 1 :]))
-    for start in range(0, box.size[axis], rows):
-        offset, size = list(box.offset), list(box.size)
-        offset[axis] += start
-        size[axis] = min(rows, box.size[axis] - start)
-        yield from split_box(Box(tuple(offset), tuple(size)), limit)
+__all__ = ["Layout"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +33,8 @@ class Layout:
             ``dev_matrix``; empty = not sliced. Dimensions beyond its length are not sliced.
         opt_shard_size: Among how many ranks a slice is split by optimizer weight shard; 0 = not sharded, -1 = among
             all ranks that hold it.
-        opt_shard_step: Distance between neighbouring ranks of an optimizer shard group; 0 = not sharded.
+        opt_shard_step: (last - first) // (count - 1) of all ranks that hold the same slice, as MindSpore writes it: the
+            distance of neighbours only where these ranks are evenly spaced; 0 = not sharded.
         ndims: The numbers of tensor dimensions that the layout fits; empty = any.
     """
 
@@ -115,15 +61,15 @@ class Layout:
                     f"{self.replicas} ranks hold the same slice and cannot be split into optimizer shard groups of "
                     f"{self.opt_shards} (dev_matrix {list(self.dev_matrix)}, tensor_map {self.tensor_map})"
                 )
-            step = self._rank_at(1) - self._rank_at(0)
+            step = (self._rank_at(self.replicas - 1) - self._rank_at(0)) // (self.replicas - 1)
             if step != self.opt_shard_step:
                 raise LayoutError(
-                    f"opt_weight_shard_step is {self.opt_shard_step}, but neighbouring ranks that hold the same slice "
-                    f"are {step} apart (dev_matrix {list(self.dev_matrix)}, tensor_map {self.tensor_map})"
+                    f"opt_weight_shard_step is {self.opt_shard_step}, but the ranks that hold the same slice are {step} "
+                    f"apart on average (dev_matrix {list(self.dev_matrix)}, tensor_map {self.tensor_map})"
                 )
 
     @classmethod
-    def complete(cls, devices: int = 1) -> Layout:
+    def whole(cls, devices: int = 1) -> Layout:
         """Every one of ``devices`` ranks holds the whole tensor, whatever its shape."""
         return cls((devices,))
 
@@ -152,7 +98,6 @@ class Layout:
         counts = [math.prod(self._axis_size(axis) for axis in entry) for entry in self.tensor_map[:ndim]]
         return tuple(counts) + (1,) * (ndim - len(counts))
 
-    @cache  # noqa: B019 - layouts are few, small and shared by thousands of parameters
     def grid(self, ndim: int) -> Shape:
         """Into how many slices each of ``ndim`` dimensions is cut.
 
@@ -183,7 +128,6 @@ class Layout:
             raise LayoutError(f"shape {list(full_shape)} does not divide evenly into {list(grid)} slices")
         return tuple(n // count for n, count in zip(full_shape, grid))
 
-    @cache  # noqa: B019
     def cell(self, rank: int, ndim: int) -> Shape:
         """Which slice of the grid ``rank`` (counted within the stage) holds, per dimension."""
         coordinate = _unravel(rank % self.devices, self.dev_matrix)
@@ -206,7 +150,6 @@ class Layout:
         size = self.slice_shape(full_shape)
         return Box(tuple(c * n for c, n in zip(self.cell(rank, len(size)), size)), size)
 
-    @cache  # noqa: B019
     def owners(self, cell: Shape) -> tuple[int, ...]:
         """The ranks (counted within the stage) that hold a slice of the grid, in ascending order."""
         ndim = len(cell)

@@ -1,88 +1,138 @@
-"""What has to be copied where: source strategy + target strategy + what the source files hold -> a plan.
+"""What has to be copied where: a source + the strategy of the target -> a plan.
 
-Pure: nothing is read or written here.
-
-A plan follows MindSpore's conversion where that is right: parameters that both strategies list are re-sliced, those that
-no strategy lists (global_step, loss scale, ...) are carried over as they are. Where MindSpore is silently wrong a plan is
-refused, naming the parameter.
+Pure: nothing is read or written here. A plan follows MindSpore's conversion where that is right: parameters that both
+strategies list are sliced anew, those that no strategy lists (global_step, loss scale, ...) are carried as they are. Where
+MindSpore is silently wrong a plan is refused, see `auto_trans.core.rules`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Optional
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Optional
 
-from auto_trans.core.holders import Holders, SourceIndex
-from auto_trans.core.layout import Box, Layout, Shape
-from auto_trans.core.strategy import Strategy, is_optimizer_state
+from auto_trans.core.edits import Edit, Product, apply_edits
+from auto_trans.core.layout import Layout
+from auto_trans.core.rules import NOTHING, Allowed, sort_parameters
+from auto_trans.core.source import Source
+from auto_trans.core.strategy import Strategy
+from auto_trans.core.tensor import FLOAT_TYPES, Box, Shape, Shard, SourceFile, Tensor
 from auto_trans.errors import ConfigError, LayoutError, PlanError
 
-__all__ = ["ConversionPlan", "Copy", "FilePlan", "TensorPlan", "plan_conversion"]
+__all__ = ["Addition", "Copy", "FilePlan", "Plan", "TensorPlan", "make_plan"]
 
 
-@dataclass(frozen=True)
-class Copy:
-    """A box of a source tensor that goes to a box of a target tensor.
+class Copy(NamedTuple):
+    """A box of a shard that goes to a box of a target slice. A tuple, for a plan may hold millions.
 
     Attributes:
-        rank: The source rank whose file holds it.
-        source: Where it begins in the source rank's slice, in elements per dimension.
-        target: The box in the target rank's slice.
+        shard: What is copied from.
+        start: Where the box begins in the shard, in elements per dimension.
+        box: Where it goes: its box in the target slice, of the same size.
     """
 
-    rank: int
-    source: Shape
-    target: Box
+    shard: Shard
+    start: Shape
+    box: Box
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """A target tensor and the copies that make it up; they cover it exactly once.
+    """A slice of a target tensor and the copies that make it up; they cover it exactly once.
 
     Attributes:
-        name: The parameter.
-        dtype: MindSpore's name of its type.
-        dims: Its dims as they are stored.
-        shape: Shape of the target slice.
-        nbytes: Bytes of the target slice.
+        tensor: The full target tensor.
+        box: The slice of it.
         copies: What it is copied from.
-        offset: Where the slice begins in the full tensor, in elements per dimension.
+        added: What is added to it on the way.
     """
 
-    name: str
-    dtype: str
-    dims: Shape
-    shape: Shape
-    nbytes: int
+    tensor: Tensor
+    box: Box
     copies: tuple[Copy, ...]
-    offset: Shape = ()
+    added: Optional[Addition] = None
+
+    @property
+    def name(self) -> str:
+        """The parameter."""
+        return self.tensor.name
+
+    @property
+    def dtype(self) -> str:
+        """MindSpore's name of its type."""
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the slice."""
+        return self.box.size
+
+    @property
+    def dims(self) -> Shape:
+        """The dims under which a file stores the slice."""
+        return self.tensor.dims(self.box)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the slice."""
+        return self.tensor.nbytes(self.box)
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What is added to a matrix W [out, in]: (B [out, r] @ A [r, in]) * scaling.
+
+    Attributes:
+        a: The whole of A.
+        b: The whole of B.
+        scaling: The factor.
+    """
+
+    a: TensorPlan
+    b: TensorPlan
+    scaling: float
 
 
 @dataclass(frozen=True)
 class FilePlan:
-    """The contents of a target file; the ranks of a plan (replicas) share it."""
+    """The contents of a target file.
+
+    Attributes:
+        ranks: The target ranks with these contents (replicas).
+        tensors: What it holds, in order.
+        part: Which of several files of a complete checkpoint this is, from 0.
+    """
 
     ranks: tuple[int, ...]
     tensors: tuple[TensorPlan, ...]
+    part: int = 0
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def shards(self) -> Iterator[Shard]:
+        """Everything that is read for it, in order; a shard may come more than once."""
+        for tensor in self.tensors:
+            yield from (copy.shard for copy in tensor.copies)
+            if tensor.added is not None:
+                for matrix in (tensor.added.a, tensor.added.b):
+                    yield from (copy.shard for copy in matrix.copies)
+
 
 @dataclass(frozen=True)
-class ConversionPlan:
+class Plan:
     """A whole conversion.
 
     Attributes:
         files: The distinct target files.
-        carried: Parameters that no strategy lists; they are copied as they are.
+        carried: Parameters that no strategy lists; every rank gets them as they are.
         absent: Parameters that the target lists and the source does not hold.
         dropped: Optimizer state that the target, which has no optimizer, does not take.
-        replicated: Parameters that must be the same on all source ranks -> two ranks whose files show whether they are.
+        warnings: What a user should know, as sentences.
+        replicated: Pairs of shards that must hold the same bytes, or what no strategy lists is sliced after all.
         replicas: All ranks of the target, planned or not, by equal contents.
     """
 
@@ -90,7 +140,8 @@ class ConversionPlan:
     carried: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
-    replicated: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    replicated: tuple[tuple[Shard, Shard], ...] = ()
     replicas: tuple[tuple[int, ...], ...] = ()
 
     @property
@@ -99,21 +150,33 @@ class ConversionPlan:
         return sum(file.nbytes for file in self.files)
 
     @property
-    def source_ranks(self) -> tuple[int, ...]:
-        """The source ranks whose files are read, in ascending order."""
-        return tuple(sorted({copy.rank for file in self.files for t in file.tensors for copy in t.copies}))
+    def ranks(self) -> list[int]:
+        """The target ranks that are planned, in ascending order."""
+        return sorted({rank for file in self.files for rank in file.ranks})
+
+    @property
+    def source_files(self) -> list[SourceFile]:
+        """The source files that are read, by rank and path."""
+        found = {shard.file.path: shard.file for file in self.files for shard in file.shards}
+        return sorted(found.values(), key=lambda file: (file.rank, file.path))
 
 
-def plan_conversion(
-    source: Strategy, target: Strategy, index: SourceIndex, ranks: Optional[Iterable[int]] = None
-) -> ConversionPlan:
+def make_plan(
+    source: Source,
+    target: Strategy,
+    ranks: Optional[Iterable[int]] = None,
+    *,
+    edits: Sequence[Edit] = (),
+    allowed: Allowed = NOTHING,
+) -> Plan:
     """Plans the files of the target ranks.
 
     Args:
-        source: Strategy of the source; `Strategy.complete` for complete weights.
+        source: What there is.
         target: Strategy of the target.
-        index: What the source files hold.
         ranks: The target ranks to plan; all by default. A rank's file does not depend on which others are planned.
+        edits: Changes on the way, in order.
+        allowed: What is allowed although it looks wrong.
 
     Raises:
         ConfigError: A rank is not in the target.
@@ -124,178 +187,158 @@ def plan_conversion(
     outside = [rank for rank in wanted if not 0 <= rank < target.world_size]
     if outside or not wanted:
         raise ConfigError(
-            f"rank {outside or 'list'} is not in the target, which has ranks 0 to {target.world_size - 1}"
+            f"rank {outside or 'list'} is not in the target, which has ranks 0 to {target.world_size - 1} («ranks»)"
         )
-    return _Planner(source, target, index).plan(wanted)
+    return _Planner(source, target, edits, allowed).plan(wanted)
 
 
-# the box of a target slice; per part the cell of a source slice, where it begins in that, its box in the target slice
-_Cut = tuple[Box, tuple[tuple[Shape, Shape, Box], ...]]
+class _Lying(NamedTuple):
+    """How a parameter lies in a target stage: which parameter, and which of the stage's distinct slicings."""
+
+    name: str
+    slicing: int
+
+
+class _Slicing(NamedTuple):
+    """A layout of a target stage and the shape of what it slices; the layers of a model share it."""
+
+    layout: Layout
+    shape: Shape
+    first_name: str
 
 
 class _Planner:
-    def __init__(self, source: Strategy, target: Strategy, index: SourceIndex) -> None:
+    def __init__(self, source: Source, target: Strategy, edits: Sequence[Edit], allowed: Allowed) -> None:
         self._source, self._target = source, target
-        self._holders = Holders(source, index)
-        self._names = self._holders.names
-        self._tensors: dict[tuple[str, Box], TensorPlan] = {}
-        self._cuts: dict[tuple[Layout, Layout, Shape, Shape], _Cut] = {}
-        self._sliced, self._carried, self._dropped = self._sort_names()
+        self._recipes = apply_edits(edits, source.names)
+        self._sorting = sort_parameters(source, target, self._recipes, allowed)
+        self._additions: dict[str, Optional[Addition]] = {}
+        self._overlaps: dict[tuple[Box, Box], tuple[Shape, Box]] = {}
 
-    def plan(self, ranks: Sequence[int]) -> ConversionPlan:
+    def plan(self, ranks: Sequence[int]) -> Plan:
         wanted = set(ranks)
         files, replicas = [], []
         for stage in range(self._target.stages):
-            layouts = self._layouts(stage)
-            for group in self._replica_groups(layouts.values(), stage):
+            lying, slicings = self._lying(stage)
+            made: dict[tuple[str, Box], TensorPlan] = {}
+            for group in self._replica_groups(slicings, stage):
                 replicas.append(group)
                 members = tuple(rank for rank in group if rank in wanted)
                 if members:
-                    files.append(FilePlan(members, tuple(self._file(layouts, group[0]))))
-        absent = () if self._source.is_complete and self._target.is_complete else self._absent()
-        different = self._must_be_replicated()
-        return ConversionPlan(tuple(files), self._carried, absent, self._dropped, different, tuple(replicas))
+                    files.append(FilePlan(members, tuple(self._tensors(lying, slicings, group[0], made))))
+        sorting = self._sorting
+        pairs = (self._source.may_differ(self._recipes[name].source) for name in sorting.carried)
+        replicated = tuple(pair for pair in pairs if pair is not None and pair[0].box.volume > 1)
+        return Plan(
+            tuple(files),
+            sorting.carried,
+            sorting.absent,
+            sorting.dropped,
+            sorting.warnings,
+            replicated,
+            tuple(replicas),
+        )
 
-    def _sort_names(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-        """Which parameters are re-sliced, carried over, and dropped."""
-        sliced, carried, lost, unlisted = [], [], [], []
-        for name in self._names:
-            in_source = self._source.lists(name) and not self._source.is_complete
-            in_target = self._target.lists(name) and not self._target.is_complete
-            if not in_source and not in_target:
-                carried.append(name)
-            elif (in_source or self._source.is_complete) and (in_target or self._target.is_complete):
-                sliced.append(name)
-            elif in_source:
-                lost.append(name)
-            else:
-                unlisted.append(name)
-        whole = self._source.is_complete and self._target.is_complete
-        if not sliced and not whole:
-            raise PlanError(
-                f"none of the {len(self._names)} parameters of the source ({_some(self._names)}) is both in the source "
-                f"strategy ({self._source.origin}) and in the target strategy ({self._target.origin}); they are of "
-                f"another model"
-            )
-        if unlisted:
-            raise PlanError(
-                f"parameter {_some(unlisted)} is in the source and in the target strategy {self._target.origin}, but not "
-                f"in the source strategy {self._source.origin}; give the strategy that the weights were saved under, of "
-                f"all pipeline stages"
-            )
-        # A target without any optimizer state is a job that does not train it further: dropping is what it asks for.
-        has_optimizer = any(is_optimizer_state(name) for name in self._target.names())
-        dropped = [name for name in lost if is_optimizer_state(name) and not has_optimizer]
-        if len(dropped) < len(lost):
-            missing = [name for name in lost if name not in set(dropped)]
-            raise PlanError(
-                f"parameter {_some(missing)} is in the source, but not in the target strategy {self._target.origin}; give "
-                f"the strategy of the same model, of all pipeline stages"
-            )
-        if self._source.is_complete and not whole:
-            strange = [n for n in carried if math.prod(self._holders.meta(n).shape) > 1]
-            weights = [n for n in strange if not is_optimizer_state(n)]
-            wanted = [n for n in self._target.names() if n not in self._names and not is_optimizer_state(n)]
-            if weights and wanted:
-                raise PlanError(
-                    f"the source holds {_some(weights)}, which the target strategy {self._target.origin} does not list, "
-                    f"and lacks {_some(wanted)}, which it lists; they are of another model"
-                )
-            if not has_optimizer:
-                dropped = [n for n in strange if is_optimizer_state(n)]
-                carried = [n for n in carried if n not in set(dropped)]
-        return tuple(sliced), tuple(carried), tuple(dropped)
+    def _lying(self, stage: int) -> tuple[list[_Lying], list[_Slicing]]:
+        """The parameters that a target stage has, in file order, and their distinct slicings."""
+        whole = Layout.whole(self._target.stage_devices)
+        lying, numbers = [], {}
+        slicings: list[_Slicing] = []
+        for name in self._sorting.sliced:
+            # what the user allowed although the target does not list it, every rank holds whole
+            layout = self._target.layout(name, stage) if self._target.lists(name) else self._target.otherwise or whole
+            if layout is not None:
+                key = layout, self._source.tensor(self._recipes[name].source).shape
+                if key not in numbers:
+                    numbers[key] = len(slicings)
+                    slicings.append(_Slicing(*key, name))
+                lying.append(_Lying(name, numbers[key]))
+        return lying, slicings
 
-    def _absent(self) -> tuple[str, ...]:
-        # accumulated gradients are in the strategies of pipeline jobs, but never in a checkpoint
-        names = (n for n in self._target.names() if n not in self._names and not n.startswith("accu_grads."))
-        return tuple(sorted(names))
-
-    def _must_be_replicated(self) -> dict[str, tuple[int, int]]:
-        """Carried tensors of a distributed source, which are right only if no rank holds a slice of them.
-
-        The first and the last rank of a stage differ in every axis of the device matrix, so their slices of a tensor
-        that is sliced at all are different ones. Single numbers cannot be sliced.
-        """
-        if self._source.is_complete:
-            return {}
-        arrays = [name for name in self._carried if math.prod(self._holders.meta(name).shape) > 1]
-        ends = ((name, self._holders.ends(name)) for name in arrays)
-        return {name: (first, last) for name, (first, last) in ends if first != last}
-
-    # target files
-
-    def _layouts(self, stage: int) -> dict[str, Layout]:
-        """The parameters that a target stage has, and how they are sliced there."""
-        found = ((name, self._target.layout(name, stage)) for name in self._sliced)
-        return {name: layout for name, layout in found if layout is not None}
-
-    def _replica_groups(self, layouts: Iterable[Layout], stage: int) -> Iterable[tuple[int, ...]]:
+    def _replica_groups(self, slicings: Iterable[_Slicing], stage: int) -> Iterable[tuple[int, ...]]:
         """The ranks of a target stage by equal contents."""
         devices = self._target.stage_devices
         groups: dict[tuple[Shape, ...], list[int]] = {}
-        distinct = set(layouts)
+        distinct = dict.fromkeys(slicing.layout for slicing in slicings)
         for local in range(devices):
             cells = tuple(layout.cell(local, max(len(layout.tensor_map), 1)) for layout in distinct)
             groups.setdefault(cells, []).append(stage * devices + local)
         return [tuple(group) for group in groups.values()]
 
-    def _file(self, layouts: Mapping[str, Layout], rank: int) -> Iterable[TensorPlan]:
-        """The tensors of a target rank, which is the lowest of its replicas."""
+    def _tensors(
+        self,
+        lying: Iterable[_Lying],
+        slicings: Iterable[_Slicing],
+        rank: int,
+        made: dict[tuple[str, Box], TensorPlan],
+    ) -> Iterator[TensorPlan]:
+        """What a target rank, which is the lowest of its replicas, holds; slices of it may be made already."""
         local = rank % self._target.stage_devices
-        for name, layout in layouts.items():
-            yield self._sliced_tensor(name, layout, local)
-        for name in self._carried:
-            owner = self._holders.carried_from(name, local)
-            meta = self._holders.meta(name, owner)
-            start = (0,) * len(meta.shape)
-            whole = Copy(owner, start, Box.whole(meta.shape))
-            yield TensorPlan(name, meta.dtype, meta.dims, meta.shape, meta.nbytes, (whole,), start)
+        boxes = [self._box(slicing, local) for slicing in slicings]
+        for name, slicing in lying:
+            key = name, boxes[slicing]
+            if key not in made:
+                made[key] = self._slice(*key)
+            yield made[key]
+        for name in self._sorting.carried:
+            shard = self._source.at(self._recipes[name].source, local)
+            box = Box.whole(shard.tensor.shape)
+            yield TensorPlan(_renamed(shard.tensor, name), box, (Copy(shard, box.offset, box),))
 
-    def _sliced_tensor(self, name: str, layout: Layout, local: int) -> TensorPlan:
-        meta = self._holders.meta(name)
+    def _box(self, slicing: _Slicing, local: int) -> Box:
         try:
-            source = self._source.layout(name, self._holders.stage(name))
-            assert source is not None, name
-            box, parts = self._cut(source, layout, meta.shape, local)
+            return slicing.layout.box(local, slicing.shape)
         except LayoutError as e:
             raise PlanError(
-                f"parameter {name} of {self._holders.file(name)} has shape {list(meta.shape)}, which does not fit "
-                f"{self._source.origin} or {self._target.origin}: {e}"
+                f"parameter {slicing.first_name} has full shape {list(slicing.shape)} by {self._source.strategy.origin} "
+                f"({self._source.where(self._recipes[slicing.first_name].source)}), which does not fit "
+                f"{self._target.origin}: {e}"
             ) from e
-        key = (name, box)
-        if key not in self._tensors:
-            copies = tuple(Copy(self._holders.owner(name, source, cell), start, part) for cell, start, part in parts)
-            nbytes = meta.nbytes // max(math.prod(meta.shape), 1) * box.volume
-            dims = meta.dims if box.size == meta.shape else box.size
-            self._tensors[key] = TensorPlan(name, meta.dtype, dims, box.size, nbytes, copies, box.offset)
-        return self._tensors[key]
 
-    def _cut(self, source: Layout, target: Layout, slice_shape: Shape, local: int) -> _Cut:
-        """Which slices of the source make up the slice of a target rank.
+    def _slice(self, name: str, box: Box) -> TensorPlan:
+        recipe = self._recipes[name]
+        copies = tuple(Copy(shard, *self._overlap(shard.box, box)) for shard in self._source.shards(recipe.source, box))
+        tensor = _renamed(self._source.tensor(recipe.source), name)
+        if recipe.added is None:
+            return TensorPlan(tensor, box, copies)
+        if name not in self._additions:
+            self._additions[name] = self._addition(tensor, recipe.added)
+        return TensorPlan(tensor, box, copies, self._additions[name])
+
+    def _addition(self, tensor: Tensor, product: Product) -> Addition:
+        a, b = (self._whole(name) for name in (product.a, product.b))
+        fits = len(tensor.shape) == len(a.shape) == len(b.shape) == 2
+        if not fits or tensor.shape != (b.shape[0], a.shape[1]) or a.shape[0] != b.shape[1]:
+            raise PlanError(
+                f"{b.name} {list(b.shape)} times {a.name} {list(a.shape)} does not give {tensor.name} {list(tensor.shape)}"
+            )
+        for part in (tensor, a, b):
+            if part.dtype not in FLOAT_TYPES:
+                raise PlanError(f"parameter {part.name} is of type {part.dtype}, to which no product can be added")
+        return Addition(a, b, product.scaling)
+
+    def _whole(self, name: str) -> TensorPlan:
+        """How the whole of a source tensor is put together."""
+        if self._source.strategy.is_complete or self._source.strategy.lists(name):
+            tensor = self._source.tensor(name)
+            box = Box.whole(tensor.shape)
+            shards = self._source.shards(name, box)
+            return TensorPlan(tensor, box, tuple(Copy(shard, *self._overlap(shard.box, box)) for shard in shards))
+        shard = self._source.at(name, 0)
+        return TensorPlan(shard.tensor, shard.box, (Copy(shard, shard.box.offset, shard.box),))
+
+    def _overlap(self, held: Box, wanted: Box) -> tuple[Shape, Box]:
+        """Where the common part of two boxes begins in the first, and its box in the second.
 
         The layers of a model are sliced alike: what is found for one serves all.
-
-        Returns:
-            The target slice's box in the full tensor; per part the cell of the source slice that holds it, where it
-            begins in that, and its box in the target slice.
         """
-        key = (source, target, slice_shape, target.cell(local, len(slice_shape)))
-        if key not in self._cuts:
-            full = source.full_shape(slice_shape)
-            box = target.box(local, full)
-            parts = tuple(
-                (
-                    cell,
-                    tuple(o - c * n for o, c, n in zip(part.offset, cell, slice_shape)),
-                    part.relative_to(box.offset),
-                )
-                for cell, part in source.overlapping(full, box)
-            )
-            self._cuts[key] = box, parts
-        return self._cuts[key]
+        key = held, wanted
+        if key not in self._overlaps:
+            common = held.intersect(wanted)
+            assert common is not None, key
+            self._overlaps[key] = common.relative_to(held.offset).offset, common.relative_to(wanted.offset)
+        return self._overlaps[key]
 
 
-def _some(names: Iterable[str], count: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+def _renamed(tensor: Tensor, name: str) -> Tensor:
+    return tensor if tensor.name == name else replace(tensor, name=name)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Optional
+
+import xxhash
 
 from auto_trans.core.layout import Layout
 from auto_trans.errors import LayoutError
 
-__all__ = ["Strategy", "describe_difference", "is_optimizer_state", "same_slices"]
+__all__ = ["Strategy", "describe_difference", "is_accumulated_gradient", "is_optimizer_state", "same_slices"]
 
 # MindFormers' AdamW and nn.Adam name their moments so; accu_grads are the accumulated gradients of pipeline jobs.
 _OPTIMIZER_STATE = re.compile(r"^(adam_m|adam_v|moment1|moment2|moments|accu_grads|accum|stat)\.")
@@ -21,6 +24,11 @@ _OPTIMIZER_STATE = re.compile(r"^(adam_m|adam_v|moment1|moment2|moments|accu_gra
 def is_optimizer_state(name: str) -> bool:
     """Whether a parameter belongs to the optimizer and not to the model."""
     return bool(_OPTIMIZER_STATE.match(name))
+
+
+def is_accumulated_gradient(name: str) -> bool:
+    """Whether a parameter is an accumulated gradient, which pipeline jobs list in their strategies and never save."""
+    return name.startswith("accu_grads.")
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,8 @@ class Strategy:
         layouts: Parameter name -> stage -> layout. A parameter that several stages hold is listed for each of them.
         refused: Parameter name -> why its layout cannot be converted; raised only where the parameter is needed.
         origin: Where it was read, for messages.
-        digest: Digest of what was read.
-        is_complete: Every rank holds every parameter unsliced; `layouts` is empty.
+        otherwise: The layout of parameters that are not listed. Complete weights are a strategy that lists nothing and
+            has every parameter whole. None: the strategy does not tell how such a parameter lies.
     """
 
     stages: int
@@ -42,44 +50,56 @@ class Strategy:
     layouts: Mapping[str, Mapping[int, Layout]] = field(repr=False)
     refused: Mapping[str, str] = field(default_factory=dict, repr=False)
     origin: str = "no strategy"
-    digest: str = ""
-    is_complete: bool = False
+    otherwise: Optional[Layout] = None
 
     @classmethod
     def complete(cls, world_size: int = 1) -> Strategy:
         """The strategy of unsliced weights, held by each of ``world_size`` ranks."""
-        return cls(1, world_size, {}, origin="complete weights", digest=f"complete-{world_size}", is_complete=True)
+        return cls(1, world_size, {}, origin="complete weights", otherwise=Layout.whole(world_size))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every rank holds every parameter whole."""
+        return self.otherwise is not None
 
     @property
     def world_size(self) -> int:
         """Number of ranks of the job."""
         return self.stages * self.stage_devices
 
+    @property
+    def digest(self) -> str:
+        """Digest of all that decides which rank holds what; where the strategy was read does not count."""
+        layouts = sorted((name, sorted(stages.items())) for name, stages in self.layouts.items())
+        content = (self.stages, self.stage_devices, layouts, sorted(self.refused.items()), self.otherwise)
+        return xxhash.xxh3_128_hexdigest(repr(content).encode())
+
     def stage_of(self, rank: int) -> int:
         """The pipeline stage of a rank."""
         return rank // self.stage_devices
 
-    def layout(self, name: str, stage: int) -> Layout | None:
-        """The layout of a parameter in a stage, or None where the strategy does not list it.
+    def layout(self, name: str, stage: int) -> Optional[Layout]:
+        """The layout of a parameter in a stage, or None where the strategy does not tell it.
 
         Raises:
             LayoutError: The layout is of a kind that cannot be converted.
         """
-        if self.is_complete:
-            return Layout.complete(self.stage_devices)
         if name in self.refused:
             raise LayoutError(f"{self.origin}: parameter {name}: {self.refused[name]}")
-        return self.layouts.get(name, {}).get(stage)
+        stages = self.layouts.get(name)
+        return self.otherwise if stages is None else stages.get(stage)
 
     def lists(self, name: str) -> bool:
         """Whether any stage lists the parameter."""
-        return self.is_complete or name in self.layouts or name in self.refused
+        return name in self.layouts or name in self.refused
 
     def stages_of(self, name: str) -> tuple[int, ...]:
-        """The stages that hold a parameter, in ascending order."""
-        return (0,) if self.is_complete else tuple(sorted(self.layouts.get(name, ())))
+        """The stages that hold a parameter, in ascending order; none where the strategy does not tell."""
+        if self.is_complete:
+            return tuple(range(self.stages))
+        return tuple(sorted(self.layouts.get(name, ())))
 
-    def names(self, stage: int | None = None) -> Iterator[str]:
+    def names(self, stage: Optional[int] = None) -> Iterator[str]:
         """The parameters that a stage, or any stage, lists."""
         return (name for name, stages in self.layouts.items() if stage is None or stage in stages)
 
@@ -110,13 +130,18 @@ def describe_difference(source: Strategy, target: Strategy) -> str:
     text = f"{sizes[0]} -> {sizes[1]}"
     known = target if source.is_complete else source
     for name in known.names():
-        before, after = (s.layout(name, s.stages_of(name)[0]) if s.stages_of(name) else None for s in (source, target))
-        if before and after and name not in known.refused:
+        before, after = (_first_layout(strategy, name) for strategy in (source, target))
+        if before and after:
             ndim = max(len(before.tensor_map), len(after.tensor_map))
             cut = [" x ".join(map(str, layout.grid(ndim))) for layout in (before, after)]
             if cut[0] != cut[1]:
                 return f"{text}, e.g. {name} cut {cut[0]} -> {cut[1]}"
     return text
+
+
+def _first_layout(strategy: Strategy, name: str) -> Optional[Layout]:
+    stages = strategy.stages_of(name)
+    return strategy.layout(name, stages[0]) if stages and name not in strategy.refused else None
 
 
 def _same_layout(a: Layout, b: Layout) -> bool:

@@ -5,18 +5,17 @@ Pure: nothing is read or written here.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from auto_trans.core.plan import ConversionPlan, FilePlan
+from auto_trans.core.plan import Copy, FilePlan, Plan, TensorPlan
+from auto_trans.core.tensor import Box
 
-__all__ = ["Load", "assign_writers", "loads", "process_nums", "read_bytes", "split_ranks"]
+__all__ = ["Share", "assign_writers", "process_nums", "read_bytes", "share_out", "split_files"]
 
 
 @dataclass(frozen=True)
-class Load:
+class Share:
     """What a converter reads and writes, in bytes of tensors.
 
     Attributes:
@@ -30,18 +29,18 @@ class Load:
     linked: int
 
 
-def split_ranks(plan: ConversionPlan, processes: int) -> list[list[int]]:
-    """Splits the ranks of a plan among processes: replicas stay together, each gets about the same number of bytes.
+def split_files(files: Iterable[FilePlan], processes: int) -> list[list[FilePlan]]:
+    """Splits files among processes, so that each gets about the same number of bytes.
 
     Returns:
-        The ranks by process; no more processes than there are distinct files.
+        The files by process; no more processes than there are files.
     """
-    shares: list[tuple[int, list[int]]] = [(0, []) for _ in range(processes)]
-    for file in sorted(plan.files, key=lambda f: -f.nbytes):
+    shares: list[tuple[int, list[FilePlan]]] = [(0, []) for _ in range(processes)]
+    for file in sorted(files, key=lambda f: -f.nbytes):
         lightest = min(range(processes), key=lambda i: shares[i][0])
-        nbytes, ranks = shares[lightest]
-        shares[lightest] = (nbytes + file.nbytes, ranks + list(file.ranks))
-    return [sorted(ranks) for _, ranks in shares if ranks]
+        nbytes, own = shares[lightest]
+        shares[lightest] = nbytes + file.nbytes, [*own, file]
+    return [sorted(own, key=lambda f: (f.ranks, f.part)) for _, own in shares if own]
 
 
 def assign_writers(replicas: Iterable[Sequence[int]], shares: Sequence[Sequence[int]]) -> dict[int, int]:
@@ -69,7 +68,7 @@ def assign_writers(replicas: Iterable[Sequence[int]], shares: Sequence[Sequence[
     return writers
 
 
-def loads(plan: ConversionPlan, shares: Sequence[Sequence[int]]) -> list[Load]:
+def share_out(plan: Plan, shares: Sequence[Sequence[int]]) -> list[Share]:
     """What each of several converters would read and write.
 
     Args:
@@ -81,7 +80,7 @@ def loads(plan: ConversionPlan, shares: Sequence[Sequence[int]]) -> list[Load]:
     for file in plan.files:
         files[writers[file.ranks[0]]].append(file)
     return [
-        Load(read_bytes(own), sum(file.nbytes for file in own), len(ranks) - len(own))
+        Share(read_bytes(own), sum(file.nbytes for file in own), len(ranks) - len(own))
         for own, ranks in zip(files, shares)
     ]
 
@@ -97,10 +96,17 @@ def process_nums(world_size: int, most: int = 9) -> list[int]:
 
 def read_bytes(files: Iterable[FilePlan]) -> int:
     """Bytes of the source that files are made of, each counted once."""
-    parts: dict[tuple[Any, ...], int] = {}
+    parts: dict[tuple[str, str, Box], int] = {}
     for file in files:
         for tensor in file.tensors:
-            for copy in tensor.copies:
-                part = (tensor.name, copy.rank, copy.source, copy.target.size)
-                parts[part] = tensor.nbytes * copy.target.volume // max(math.prod(tensor.shape), 1)
+            for copy in _copies(tensor):
+                begin = tuple(o + s for o, s in zip(copy.shard.box.offset, copy.start))
+                part = copy.shard.tensor.name, copy.shard.file.path, Box(begin, copy.box.size)
+                parts[part] = copy.shard.tensor.nbytes(copy.box)
     return sum(parts.values())
+
+
+def _copies(tensor: TensorPlan) -> Iterator[Copy]:
+    yield from tensor.copies
+    if tensor.added is not None:
+        yield from (*tensor.added.a.copies, *tensor.added.b.copies)

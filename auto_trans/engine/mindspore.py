@@ -9,90 +9,81 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 from auto_trans.core.strategy import Strategy
+from auto_trans.engine.base import ConversionTask, Progress
 from auto_trans.errors import ConfigError
-from auto_trans.report import ConversionReport
-from auto_trans.storage.files import NewFile
 from auto_trans.storage.manifest import FileRecord
-from auto_trans.storage.sources import rank_file
 from auto_trans.storage.strategies import MERGED_NAME, merge_strategies
+from auto_trans.storage.targets import rank_file
 
-if TYPE_CHECKING:
-    from auto_trans.conversion import Conversion
-
-__all__ = ["run_mindspore"]
+__all__ = ["MindSporeEngine"]
 
 _COPY_BYTES = 4 * 1024 * 1024
 
 
-def run_mindspore(conversion: Conversion, *, by_rank: bool) -> ConversionReport:
-    """Runs a planned conversion with MindSpore's API.
+class MindSporeEngine:
+    """Has MindSpore convert."""
 
-    Args:
-        conversion: What to do.
-        by_rank: Use ``transform_checkpoint_by_rank``, which also serves where not all ranks are asked for.
+    name = "mindspore"
+    tells_progress = False
 
-    Raises:
-        ConfigError: Neither side has a strategy, or the files are safetensors, with which MindSpore's API is not right.
-    """
-    formats = {conversion.checkpoint.format.name, conversion.format.name}
-    if formats != {"ckpt"}:
-        raise ConfigError("the mindspore engine converts .ckpt to .ckpt only; use engine native for safetensors")
-    begin = time.monotonic()
-    conversion.dst.mkdir(parents=True, exist_ok=True)
-    folder = conversion.folder
-    written: list[FileRecord] = []
-    with tempfile.TemporaryDirectory(prefix=".auto_trans_mindspore_", dir=conversion.dst) as scratch:
-        reused = [record for rank in conversion.ranks if (record := folder.done(rank))]
-        todo = [rank for rank in conversion.ranks if rank not in {record.rank for record in reused}]
-        made = _transform(conversion, todo, Path(scratch), by_rank) if todo else {}
-        for rank in todo:
-            with open(made[rank], "rb") as source, NewFile(folder.file(rank)) as out:
-                while part := source.read(_COPY_BYTES):
-                    out.write(part)
-            written += folder.publish(out, [rank])
-    folder.manifest.finish()
-    return ConversionReport(
-        source=conversion.checkpoint.path,
-        target=conversion.dst,
-        files=tuple(sorted(reused + written, key=lambda record: record.rank)),
-        converted=tuple(record.rank for record in written),
-        reused=tuple(record.rank for record in reused),
-        bytes_written=sum(record.size for record in written),
-        seconds=time.monotonic() - begin,
-        carried=conversion.plan.carried,
-        absent=conversion.plan.absent,
-        dropped=conversion.plan.dropped,
-    )
+    def write(self, task: ConversionTask, progress: Progress) -> list[FileRecord]:
+        """Writes the files of a task, see `auto_trans.engine.base.Engine`.
+
+        Raises:
+            ConfigError: Neither side has a strategy, or the task is one that MindSpore's API cannot do right.
+        """
+        _check(task)
+        if not task.files:
+            return []
+        target, records = task.target, []
+        target.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".auto_trans_mindspore_", dir=target.folder) as scratch:
+            ranks = sorted(rank for file in task.files for rank in file.ranks)
+            made = _transform(task, ranks, Path(scratch))
+            for file in task.files:
+                with open(made[file.ranks[0]], "rb") as source, target.open(file) as out:
+                    while part := source.read(_COPY_BYTES):
+                        out.write(part)
+                records += target.publish(out, file)
+                progress(file.nbytes)
+        return records
 
 
-def _transform(conversion: Conversion, ranks: list[int], scratch: Path, by_rank: bool) -> dict[int, Path]:
+def _check(task: ConversionTask) -> None:
+    if {task.checkpoint.format.name, task.target.format.name} != {"ckpt"}:
+        raise ConfigError("the mindspore engine converts .ckpt to .ckpt only; use «engine» native for safetensors")
+    if any(tensor.added is not None for file in task.files for tensor in file.tensors):
+        raise ConfigError("the mindspore engine changes nothing on the way; use «engine» native")
+    if task.from_strategy.is_complete and task.to_strategy.is_complete:
+        raise ConfigError("source and target have no strategy; the mindspore engine has nothing to convert")
+
+
+def _transform(task: ConversionTask, ranks: list[int], scratch: Path) -> dict[int, Path]:
     """Has MindSpore write the files of ``ranks`` into ``scratch``."""
     import mindspore
 
     source_dir, target_dir = scratch / "source", scratch / "target"
-    # MindSpore picks the last file of a rank folder by name; links show it only the chosen one.
-    for rank, file in conversion.checkpoint.files.items():
+    # MindSpore picks the last file of a rank folder by name; links show it only the chosen one
+    files = {rank: paths[0] for rank, paths in task.checkpoint.files.items()}
+    for rank, file in files.items():
         (source_dir / f"rank_{rank}").mkdir(parents=True)
         (source_dir / f"rank_{rank}" / file.name).symlink_to(file.resolve())
-    source = _strategy_file(conversion.source, scratch / "source_strategy.ckpt")
-    target = _strategy_file(conversion.target, scratch / "target_strategy.ckpt")
-    if source is None and target is None:
-        raise ConfigError("source and target have no strategy; the mindspore engine has nothing to convert")
-    if not by_rank and len(ranks) == conversion.target.world_size:
-        mindspore.transform_checkpoints(str(source_dir), str(target_dir), conversion.prefix, source, target)
+    source = _strategy_file(task.from_strategy, scratch / "source_strategy.ckpt")
+    target = _strategy_file(task.to_strategy, scratch / "target_strategy.ckpt")
+    if not task.by_rank and len(ranks) == task.to_strategy.world_size:
+        mindspore.transform_checkpoints(str(source_dir), str(target_dir), task.prefix, source, target)
     else:
         for rank in ranks:
             needed = mindspore.rank_list_for_transform(rank, source, target)
-            files = {r: str(conversion.checkpoint.files[r]) for r in needed if r in conversion.checkpoint.files}
-            path = rank_file(target_dir, conversion.prefix, rank)
+            held = {r: str(files[r]) for r in needed if r in files}
+            path = rank_file(target_dir, task.prefix, rank)
             path.parent.mkdir(parents=True)
-            mindspore.transform_checkpoint_by_rank(rank, files, str(path), source, target)
-    return {rank: rank_file(target_dir, conversion.prefix, rank) for rank in ranks}
+            mindspore.transform_checkpoint_by_rank(rank, held, str(path), source, target)
+    return {rank: rank_file(target_dir, task.prefix, rank) for rank in ranks}
 
 
 def _strategy_file(strategy: Strategy, scratch: Path) -> Optional[str]:

@@ -1,119 +1,153 @@
-"""Several worker processes on one machine convert the target ranks of one conversion."""
+"""An engine that shares a task among worker processes of this machine.
+
+The workers get the plan, not the request: nothing is planned again. None outlives the process that started it: a worker
+watches its parent and ends with it, however that ends.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
+import os
+import signal
+import sys
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any, Optional, Union
 
-from auto_trans.conversion import Conversion
-from auto_trans.core.work import split_ranks
+from auto_trans.core.work import split_files
+from auto_trans.engine.base import ConversionTask, Engine, Progress
 from auto_trans.errors import ConfigError, RankLostError
-from auto_trans.progress import Meter
-from auto_trans.report import ConversionReport
+from auto_trans.storage.manifest import FileRecord
 
-__all__ = ["run_with_workers"]
+__all__ = ["WorkerEngine"]
 
-_progress: Any = None  # in a worker: where the bytes done are put
+_JOIN_SECONDS = 5.0
 
 
-def run_with_workers(conversion: Conversion, processes: int, *, quiet: bool = False) -> ConversionReport:
-    """Runs a planned conversion with worker processes of this machine.
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes written since the last message."""
 
-    Ranks with equal contents stay with one worker, so that they are still written once.
+    number: int
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A worker's share is written."""
+
+    records: list[FileRecord]
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """A worker failed."""
+
+    error: BaseException
+
+
+_Message = Union[_Bytes, _Done, _Failed]
+
+
+class WorkerEngine:
+    """Has several processes write the files of a task, each with another engine.
 
     Args:
-        conversion: What to do; checked here before any work.
-        processes: How many workers; no more than there are distinct files are started.
-        quiet: Show no progress.
-
-    Returns:
-        The report of the whole.
+        engine: The engine of the workers.
+        processes: How many workers; no more than there are files are started.
 
     Raises:
         ConfigError: The number of processes is less than 1.
-        RankLostError: A worker died; what is complete is used again when the conversion is started again.
     """
-    if processes < 1:
-        raise ConfigError(f"processes must be at least 1, not {processes}")
-    shares = split_ranks(conversion.plan, processes)
-    conversion.check(neighbours=max(len(shares), 1))
-    conversion.log_plan()
-    if len(shares) < 2:
-        return conversion.run(quiet=quiet)
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    total = sum(file.nbytes for file in conversion.todo())
-    meter = Meter(total, f"converting {conversion.checkpoint.name}", quiet=quiet)
-    with (
-        _draining(queue, meter),
-        ProcessPoolExecutor(len(shares), mp_context=context, initializer=_start, initargs=(queue,)) as pool,
-    ):
-        futures = [pool.submit(_convert, _task(conversion, share)) for share in shares]
+
+    def __init__(self, engine: Engine, processes: int) -> None:
+        if processes < 1:
+            raise ConfigError(f"«processes» must be at least 1, not {processes}")
+        self.name, self.tells_progress = engine.name, engine.tells_progress
+        self._engine, self.processes = engine, processes
+
+    def write(self, task: ConversionTask, progress: Progress) -> list[FileRecord]:
+        """Writes the files of a task, see `auto_trans.engine.base.Engine`.
+
+        Raises:
+            RankLostError: A worker died; what is complete is used again when the conversion is started again.
+        """
+        shares = split_files(task.files, self.processes)
+        if len(shares) < 2:
+            return self._engine.write(task, progress)
+        workers = [_Worker(self._engine, replace(task, files=tuple(files))) for files in shares]
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-            reports = [future.result() for future in futures]
-        except BrokenProcessPool as e:
-            raise RankLostError(
-                "a worker process died, most likely killed for lack of memory or by a user; start the conversion again: "
-                "what is already complete is used again"
-            ) from e
-    conversion.folder.manifest.finish()
-    return ConversionReport.merged(reports)
+            return _gather(workers, progress)
+        finally:
+            for worker in workers:
+                worker.stop()
 
 
-def _task(conversion: Conversion, ranks: Sequence[int]) -> dict[str, Any]:
-    return {
-        "checkpoint": conversion.checkpoint,
-        "dst": conversion.dst,
-        "source": conversion.source,
-        "target": conversion.target,
-        "prefix": conversion.prefix,
-        "ranks": ranks,
-        "memory_limit": conversion.memory_limit,
-        "format": conversion.format.name,
-        "reuse": conversion.reuse,
-    }
+class _Worker:
+    """A worker process, and what it says."""
+
+    def __init__(self, engine: Engine, task: ConversionTask) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe(duplex=False)
+        self.process: SpawnProcess = context.Process(target=_work, args=(theirs, engine, task), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def stop(self) -> None:
+        """Ends it, if it has not ended; it removes what it has half written."""
+        self.process.terminate()
+        self.process.join(_JOIN_SECONDS)
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
 
 
-def _start(queue: Any) -> None:
-    global _progress
-    _progress = queue
+def _gather(workers: Iterable[_Worker], progress: Progress) -> list[FileRecord]:
+    """Listens until all workers are done; raises what one of them raised."""
+    talking: dict[Any, _Worker] = {worker.connection: worker for worker in workers}
+    records: list[FileRecord] = []
+    while talking:
+        for connection in wait(list(talking)):
+            message = _receive(connection)
+            if isinstance(message, _Bytes):
+                progress(message.number)
+            elif isinstance(message, _Done):
+                records += message.records
+                del talking[connection]
+            elif isinstance(message, _Failed):
+                raise message.error
+            else:
+                raise RankLostError(
+                    "a worker process died, most likely killed for lack of memory or by a user; start the conversion again: "
+                    "what is already complete is used again"
+                )
+    return records
 
 
-def _convert(task: dict[str, Any]) -> ConversionReport:
-    last = 0
-
-    def listener(done: int, total: int) -> None:
-        nonlocal last
-        _progress.put(done - last)
-        last = done
-
-    return Conversion(**task).run(quiet=True, listener=listener)
-
-
-@contextlib.contextmanager
-def _draining(queue: Any, meter: Meter) -> Iterator[None]:
-    """Shows the progress of the workers; a queue that nobody empties would stop them."""
-    stop = threading.Event()
-
-    def drain() -> None:
-        while True:
-            last = stop.wait(0.1)
-            while not queue.empty():
-                meter(queue.get())
-            if last:
-                return
-
-    thread = threading.Thread(target=drain, name="auto_trans-progress", daemon=True)
-    thread.start()
+def _receive(connection: Any) -> Optional[_Message]:
+    """The next message; None if the worker is gone."""
     try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        meter.close()
+        message: _Message = connection.recv()
+    except (EOFError, OSError):
+        return None
+    return message
+
+
+def _work(connection: Connection, engine: Engine, task: ConversionTask) -> None:
+    """The worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends its workers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    threading.Thread(target=_end_with_parent, name="auto_trans-parent", daemon=True).start()
+    try:
+        connection.send(_Done(engine.write(task, lambda nbytes: connection.send(_Bytes(nbytes)))))
+    except Exception as e:
+        connection.send(_Failed(e))
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # what is half written is swept by the next run

@@ -5,11 +5,16 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 from auto_trans.config import AutoTransConfig
-from auto_trans.hooks.job import Job
+from auto_trans.coordination.election import LEADER
+from auto_trans.coordination.session import Session
+from auto_trans.core.plan import make_plan
+from auto_trans.core.rules import Allowed, check_heads, check_shapes
+from auto_trans.core.source import SlicedSource
+from auto_trans.core.strategy import Strategy
+from auto_trans.hooks.job import Job, in_yaml_words
 from auto_trans.log import logger
 from auto_trans.storage.clean import check_cleanable, clean_folders
-from auto_trans.storage.formats import scan
-from auto_trans.storage.scanned import as_strategy, find_source
+from auto_trans.storage.sources import Checkpoint, ScannedFiles, as_strategy, find_sources
 
 __all__ = ["clear_auto_trans_output"]
 
@@ -33,39 +38,61 @@ def clear_auto_trans_output(
         load_ckpt_format: ``ckpt`` or ``safetensors``.
 
     Raises:
-        AutoTransError: The source cannot be read, or lies where it would be deleted.
+        AutoTransError: The source cannot be converted, or lies where it would be deleted.
     """
     if Job.in_modelarts():
         source: list[Any] = [load_checkpoint, src_strategy_path_or_dir]
         original(*source, *([] if load_ckpt_format == "ckpt" else [load_ckpt_format]))
         return
-    job = Job.current()
+    job, running = Job.current(), Job.running()
     target = job.transformed_dir if load_ckpt_format == "ckpt" else job.output / "unified_checkpoint"
     folders = [job.strategy_dir, target]
-    settings = Job.settings()
+    known = dict(running.settings) if running is not None else {}
     if not load_checkpoint:
-        protected = [settings.load_checkpoint, settings.src_strategy] if settings else []
-        if job.rank == 0:
+        protected = [known.get("load_checkpoint"), known.get("src_strategy_path_or_dir")]
+        if job.rank == LEADER:
             clean_folders(folders, [path for path in protected if path])
         return
-    config = AutoTransConfig.from_settings({"src_strategy_path_or_dir": src_strategy_path_or_dir}, load_checkpoint)
+    with in_yaml_words():
+        settings = {**known, "src_strategy_path_or_dir": src_strategy_path_or_dir}
+        config = AutoTransConfig.from_settings(settings, load_checkpoint)
     protected = [config.load_checkpoint, config.src_strategy]
-    with job.session("clear", f"{load_ckpt_format}", config.timing) as session, session.heartbeat():
+    with job.session("clear", load_ckpt_format, config.timing) as session, session.heartbeat():
         check_cleanable(folders, [path for path in protected if path])
         if load_ckpt_format == "ckpt":
-            _check_source(job, config)
-        session.publish(f"checked_rank_{job.rank}", {})
-        session.await_published({f"checked_rank_{r}": r for r in range(job.world_size)}, "check the source")
+            _check_source(session, config)
+        session.post(f"checked_rank_{job.rank}", {})
+        session.await_posts({f"checked_rank_{r}": r for r in range(job.world_size)}, "check the source")
         if session.is_leader:
             clean_folders(folders, [path for path in protected if path])
             logger.info("%s are emptied", " and ".join(str(folder) for folder in folders))
-            session.publish("cleared", {})
-        session.await_published({"cleared": 0}, "empty the output directory")
+            session.post("cleared", {})
+        session.await_posts({"cleared": LEADER}, "empty the output directory")
 
 
-def _check_source(job: Job, config: AutoTransConfig) -> None:
-    """Reads the heads of the source files, each rank those of its share."""
+def _check_source(session: Session, config: AutoTransConfig) -> None:
+    """Checks all that the source and its strategy tell, before the target's is compiled.
+
+    Each rank reads the heads of its share of the files and compares them with those of the first file of every stage. Rank
+    0 plans the merge to one complete checkpoint, which needs every slice of every parameter.
+    """
     strategy = as_strategy(config.src_strategy)
-    for checkpoint in find_source(config.load_checkpoint, strategy):
-        for file in list(checkpoint.files.values())[job.rank :: job.world_size]:
-            scan(file)
+    for checkpoint in find_sources(config.load_checkpoint, strategy, config.resume_file):
+        check_heads(strategy, ScannedFiles(_share(checkpoint, strategy, session.rank, session.world_size)))
+        if session.is_leader:
+            _check_mergeable(checkpoint, strategy, Allowed(config.allow_extra, config.allow_missing))
+
+
+def _share(checkpoint: Checkpoint, strategy: Strategy, rank: int, world_size: int) -> Checkpoint:
+    """The part of the files that a rank looks at."""
+    ranks = list(checkpoint.files)
+    firsts = {strategy.stage_of(r): r for r in reversed(ranks)}.values()
+    mine = sorted({*firsts, *ranks[rank::world_size]})
+    files = {r: checkpoint.files[r] for r in mine}
+    return Checkpoint(checkpoint.name, checkpoint.path, files, checkpoint.distributed)
+
+
+def _check_mergeable(checkpoint: Checkpoint, strategy: Strategy, allowed: Allowed) -> None:
+    source = SlicedSource(strategy, ScannedFiles(checkpoint))
+    check_shapes(source)
+    make_plan(source, Strategy.complete(), allowed=allowed)

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
-from auto_trans.config import AutoTransConfig, Timing
-from auto_trans.coordination.session import OutputLock, Session, job_key
+from auto_trans.config import YAML_KEYS, AutoTransConfig, Timing
+from auto_trans.coordination.lock import OutputLock
+from auto_trans.coordination.session import Session, job_key
+from auto_trans.core.tensor import Shape
 from auto_trans.errors import AutoTransError, RankFailedError
 from auto_trans.log import logger
 
-__all__ = ["Job"]
+__all__ = ["Job", "Running", "in_yaml_words"]
 
-# of this process: what transform_and_load_checkpoint was called with, and the locks that it holds
-_settings: list[AutoTransConfig] = []
-_locks: dict[Path, OutputLock] = {}
+
+@dataclass(frozen=True)
+class Running:
+    """What MindFormers knows where it calls us, and does not hand on.
+
+    Attributes:
+        settings: The configuration of the job.
+        network: Parameter -> shape in the network, while weights are loaded into it.
+    """
+
+    settings: Mapping[str, Any]
+    network: Mapping[str, Shape] = field(default_factory=dict)
+
+
+# MindFormers calls what it imported from us deep inside of what we wrap: these carry from the outer call to the inner one
+# what it does not pass on, and the lock from the start of the job to the end of its load.
+_RUNNING: ContextVar[Optional[Running]] = ContextVar("auto_trans_running", default=None)
+_LOCK: ContextVar[Optional[OutputLock]] = ContextVar("auto_trans_lock", default=None)
 
 
 class Job:
@@ -50,6 +68,21 @@ class Job:
 
         return bool(utils.check_in_modelarts())
 
+    @staticmethod
+    def running() -> Optional[Running]:
+        """What is known of the call of MindFormers that is under way."""
+        return _RUNNING.get()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def knowing(running: Running) -> Iterator[None]:
+        """Makes something known to what MindFormers calls meanwhile."""
+        token = _RUNNING.set(running)
+        try:
+            yield
+        finally:
+            _RUNNING.reset(token)
+
     @property
     def strategy_dir(self) -> Path:
         """Where MindSpore saves the strategy that this job compiled."""
@@ -59,21 +92,6 @@ class Job:
     def transformed_dir(self) -> Path:
         """Where the converted weights go."""
         return self.output / "transformed_checkpoint"
-
-    @staticmethod
-    def settings() -> Optional[AutoTransConfig]:
-        """The settings of the load that is under way, if there is one."""
-        return _settings[-1] if _settings else None
-
-    @contextlib.contextmanager
-    def loading(self, settings: AutoTransConfig) -> Iterator[None]:
-        """A load under these settings; at its end the output directory is free for other jobs again."""
-        _settings.append(settings)
-        try:
-            yield
-        finally:
-            _settings.pop()
-            self.release()
 
     @contextlib.contextmanager
     def session(self, purpose: str, settings: str, timing: Timing) -> Iterator[Session]:
@@ -85,8 +103,9 @@ class Job:
         session = Session.join(root, self.rank, self.world_size, settings=settings, timing=timing)
         try:
             if session.is_leader:
-                self._lock(timing).acquire()
-            yield session
+                self._lock(timing)
+            with in_yaml_words():
+                yield session
         except BaseException as e:
             if not isinstance(e, AutoTransError):
                 logger.error("rank %d: %s: %s", self.rank, type(e).__name__, e)
@@ -97,12 +116,24 @@ class Job:
 
     def release(self) -> None:
         """Lets other jobs into the output directory."""
-        lock = _locks.get(self.output)
+        lock = _LOCK.get()
         if lock is not None:
             lock.release()
+            _LOCK.set(None)
 
-    def _lock(self, timing: Timing) -> OutputLock:
-        if self.output not in _locks:
-            os.makedirs(self.output, exist_ok=True)
-            _locks[self.output] = OutputLock(self.output / ".auto_trans" / "output.lock", timing.lock_timeout)
-        return _locks[self.output]
+    def _lock(self, timing: Timing) -> None:
+        """Takes the output directory, unless this job has it."""
+        if _LOCK.get() is None:
+            lock = OutputLock(self.output / ".auto_trans" / "output.lock", timing.lock_timeout)
+            lock.acquire()
+            _LOCK.set(lock)
+
+
+@contextlib.contextmanager
+def in_yaml_words() -> Iterator[None]:
+    """Has errors name settings by their YAML keys."""
+    try:
+        yield
+    except AutoTransError as e:
+        e.told_by(YAML_KEYS)
+        raise

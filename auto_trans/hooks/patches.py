@@ -19,7 +19,7 @@ __all__ = ["KNOWN_VERSIONS", "install", "patch"]
 KNOWN_VERSIONS = ("1.6", "1.7", "1.8", "1.9")
 
 _MARK = "_auto_trans_original"
-_warned: set[str] = set()
+_WARNS = "mindformers.trainer.utils"  # every version has it, and imports it once
 
 
 def install() -> None:
@@ -38,7 +38,10 @@ def install() -> None:
 
 def patch(module: ModuleType) -> None:
     """Replaces what a freshly imported MindFormers module defines; leaves unknown versions as they are."""
-    if not _is_known(getattr(sys.modules.get("mindformers"), "__version__", "")):
+    version = getattr(sys.modules.get("mindformers"), "__version__", "")
+    if not _is_known(version):
+        if module.__name__ == _WARNS:
+            _warn_of_version(version)
         return
     for name, make in _REPLACEMENTS[module.__name__].items():
         original = module.__dict__.get(name)
@@ -57,16 +60,15 @@ def _replace(name: str, original: Any, replacement: Any) -> None:
 
 def _is_known(version: str) -> bool:
     release = re.match(r"\d+\.\d+", version)
-    if release and release.group() in KNOWN_VERSIONS:
-        return True
-    if version not in _warned:
-        _warned.add(version)
-        logger.warning(
-            "auto_trans does not know MindFormers %s (it knows %s) and leaves it as it is: MindFormers' own checkpoint "
-            "conversion is used",
-            version or "of unknown version", ", ".join(KNOWN_VERSIONS),
-        )  # fmt: skip
-    return False
+    return bool(release) and release.group() in KNOWN_VERSIONS  # type: ignore[union-attr]
+
+
+def _warn_of_version(version: str) -> None:
+    logger.warning(
+        "auto_trans does not know MindFormers %s (it knows %s) and leaves it as it is: MindFormers' own checkpoint "
+        "conversion is used",
+        version or "of unknown version", ", ".join(KNOWN_VERSIONS),
+    )  # fmt: skip
 
 
 def _clear(original: Callable[..., None]) -> Callable[..., None]:
@@ -89,6 +91,21 @@ def _load(original: Callable[..., None]) -> Callable[..., None]:
     return load
 
 
+def _trainer(original: type) -> type:
+    """The Trainer itself, which makes its settings known while it checks them."""
+    from auto_trans.hooks.load import check_settings
+
+    check = original.__dict__.get(_CHECK)
+    if check is not None:
+
+        @functools.wraps(check)
+        def checking(self: Any, *args: Any, **kwargs: Any) -> None:
+            check_settings(check, self, *args, **kwargs)
+
+        setattr(original, _CHECK, checking)
+    return original
+
+
 def _transform(original: type) -> type:
     from auto_trans.hooks.transform import TransformCkpt
 
@@ -100,10 +117,12 @@ def _transform(original: type) -> type:
     return Transform
 
 
+_CHECK = "_check_config_rules"
 _CLEAR: dict[str, Callable[[Any], Any]] = {"clear_auto_trans_output": _clear}
 _REPLACEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "mindformers.tools.utils": _CLEAR,
     "mindformers.utils.file_utils": _CLEAR,
     "mindformers.models.modeling_utils": {"TransformCkpt": _transform},
+    "mindformers.trainer.trainer": {"Trainer": _trainer},
     "mindformers.trainer.utils": {"TransformCkpt": _transform, "transform_and_load_checkpoint": _load},
 }

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,13 +16,13 @@ from typing import Any, Callable, Generic, Optional, TypeVar, Union
 import xxhash
 
 from auto_trans.errors import InsufficientDiskError, OutputError
+from auto_trans.storage.temporary import temporary_name
 
 __all__ = ["NewFile", "Publisher", "new_file", "replicate", "write_json"]
 
 T = TypeVar("T")
 
 _FLUSH_BYTES = 32 * 1024 * 1024
-_flusher = ThreadPoolExecutor(1, "auto_trans-flush")
 
 
 class NewFile:
@@ -41,13 +41,16 @@ class NewFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._temporary = _temporary_name(path)
+        self._temporary = temporary_name(path)
         self._hash = xxhash.xxh3_128()
         self._written = self._flushed = 0
         self._synced: Optional[os.stat_result] = None
+        self._flusher: Optional[ThreadPoolExecutor] = None
         with _output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
+        with contextlib.suppress(OSError):  # where locks work, they tell other machines that the writer lives
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def __enter__(self) -> NewFile:
         return self
@@ -70,11 +73,8 @@ class NewFile:
         with _output_errors(self.path):
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
-        if self._written - self._flushed >= _FLUSH_BYTES and hasattr(os, "posix_fadvise"):
-            # starts to write out what is dirty, without waiting for it; pages that are being written out stay cached
-            extent = self._flushed, self._written - self._flushed
-            _flusher.submit(os.posix_fadvise, self._fd, *extent, os.POSIX_FADV_DONTNEED)
-            self._flushed = self._written
+        if self._written - self._flushed >= _FLUSH_BYTES:
+            self._flush()
 
     def sync(self) -> os.stat_result:
         """Waits until what was written is on the disk; returns the state that the file keeps when it is published."""
@@ -98,9 +98,22 @@ class NewFile:
         with contextlib.suppress(OSError):
             self._temporary.unlink()  # not there if it is published
 
+    def _flush(self) -> None:
+        """Starts to write out what is dirty, without waiting for it."""
+        if hasattr(os, "posix_fadvise"):
+            if self._flusher is None:
+                self._flusher = ThreadPoolExecutor(1, "auto_trans-flush")
+            # pages that are being written out stay cached
+            extent = self._flushed, self._written - self._flushed
+            self._flusher.submit(os.posix_fadvise, self._fd, *extent, os.POSIX_FADV_DONTNEED)
+        self._flushed = self._written
+
     def _close(self) -> None:
+        if self._flusher is not None:  # another file may soon get the same number
+            self._flusher.shutdown()
+            self._flusher = None
         if self._fd >= 0:
-            fd, self._fd = self._fd, -1  # another thread may soon get the same number
+            fd, self._fd = self._fd, -1
             os.close(fd)
 
 
@@ -148,7 +161,7 @@ class Publisher(Generic[T]):
 
 def replicate(file: Path, replica: Path) -> None:
     """Makes ``replica`` the same file by a hard link, or a copy as old as it where the file system has no links."""
-    temporary = _temporary_name(replica)
+    temporary = temporary_name(replica)
     try:
         with _output_errors(replica):
             replica.parent.mkdir(parents=True, exist_ok=True)
@@ -173,10 +186,6 @@ def write_json(path: Path, content: Any) -> None:
         out.write(json.dumps(content, indent=1).encode())
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
-
 def _commit(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
     fd = os.open(path.parent, os.O_RDONLY)
@@ -197,6 +206,6 @@ def _output_errors(path: Path) -> Iterator[None]:
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise InsufficientDiskError(
-                f"{path} cannot be written: {e.strerror}; free space there or set another output directory"
+                f"{path} cannot be written: {e.strerror}; free space there or set another output directory («dst»)"
             ) from e
-        raise OutputError(f"{path} cannot be written: {e}; set an output directory that is writable") from e
+        raise OutputError(f"{path} cannot be written: {e}; set an output directory that is writable («dst»)") from e

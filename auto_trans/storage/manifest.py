@@ -1,7 +1,7 @@
 """What a finished conversion says of itself, and the records by which an interrupted one is resumed.
 
 Every file that is published is on record; the manifest, written last, gathers the records. Both name the digest of the
-inputs (source files, strategies, prefix): a file counts as done only for the very same inputs.
+request that they were made for: a file counts as done only for the very same request.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any, Optional
 
 from auto_trans.storage.files import write_json
-from auto_trans.storage.formats import FORMATS
 
-__all__ = ["MANIFEST_NAME", "FileRecord", "Manifest"]
+__all__ = ["MANIFEST_NAME", "RECORDS_NAME", "FileRecord", "Manifest", "read_manifest"]
 
 MANIFEST_NAME = "auto_trans_manifest.json"
-_RECORDS = ".auto_trans_records"
-_VERSION = 1
+RECORDS_NAME = ".auto_trans_records"
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class FileRecord:
     """A published target file.
 
     Attributes:
-        rank: Its rank.
+        rank: Its rank; 0 for a complete checkpoint.
         file: Its path relative to the target folder.
         size: Its bytes.
         mtime_ns: Its modification time.
@@ -48,39 +47,32 @@ class Manifest:
     """The records of a target folder.
 
     Args:
-        folder: The target folder, which holds ``rank_N`` folders.
-        inputs: Digest of everything that the target is made from.
+        folder: The target folder.
+        request: Digest of everything that the target is made from.
         world_size: Number of target ranks.
     """
 
-    def __init__(self, folder: Path, inputs: str, world_size: int) -> None:
-        self._folder, self._inputs, self._world_size = folder, inputs, world_size
-        self._known: dict[int, set[FileRecord]] = defaultdict(set)
+    def __init__(self, folder: Path, request: str, world_size: int) -> None:
+        self._folder, self._request, self._world_size = folder, request, world_size
+        self._known: dict[str, set[FileRecord]] = defaultdict(set)
         self.refresh()
 
     def refresh(self) -> None:
         """Reads what is recorded now, by other processes, too."""
-        for path in (self._folder / MANIFEST_NAME, *sorted((self._folder / _RECORDS).glob("*.json"))):
+        for path in (self._folder / MANIFEST_NAME, *sorted((self._folder / RECORDS_NAME).glob("*.json"))):
             content = _load(path)
-            if content.get("version") == _VERSION and content.get("inputs") == self._inputs:
-                self._add(FileRecord(**file) for file in content["files"])
+            if content.get("version") == _VERSION and content.get("request") == self._request:
+                with contextlib.suppress(KeyError, TypeError):  # damaged: as if it were not there
+                    self._add([FileRecord(**file) for file in content["files"]])
 
-    def done(self, rank: int) -> Optional[FileRecord]:
-        """The record of a rank's file, if it was made from the same inputs and is still as it was published."""
-        for record in self._known.get(rank, ()):
+    def done(self, file: str) -> Optional[FileRecord]:
+        """The record of a file, if it was made for the same request and is still as it was published."""
+        for record in self._known.get(file, ()):
             with contextlib.suppress(OSError):
-                stat = (self._folder / record.file).stat()
+                stat = (self._folder / file).stat()
                 if (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns):
                     return record
         return None
-
-    def foreign(self, rank: int) -> Optional[Path]:
-        """A checkpoint file in the rank's folder that was not made by this conversion, if there is one."""
-        record = self.done(rank)
-        ours = self._folder / record.file if record else None
-        folder = self._folder / f"rank_{rank}"
-        files = [f for f in sorted(folder.iterdir()) if f.suffix[1:] in FORMATS] if folder.is_dir() else []
-        return next((file for file in files if file != ours), None)
 
     @contextlib.contextmanager
     def adding(self, records: Sequence[FileRecord]) -> Iterator[None]:
@@ -88,37 +80,45 @@ class Manifest:
 
         They are on record before they bear their names: whenever the process is killed, each is known if it is there.
         """
-        name = f"rank_{records[0].rank}.json"
-        pending = self._folder / _RECORDS / f"pending_{name}"
+        name = f"{records[0].file.replace('/', '_')}.json"
+        pending = self._folder / RECORDS_NAME / f"pending_{name}"
         write_json(pending, self._content(records))
         yield
         with contextlib.suppress(FileNotFoundError):  # these were the last, and another process has finished meanwhile
             pending.replace(pending.with_name(name))
         self._add(records)
 
-    def finish(self) -> bool:
-        """Writes the manifest if the files of all ranks are there, and drops the records.
+    def finish(self, files: Iterable[str]) -> bool:
+        """Writes the manifest if all files of the target are there, and drops the records.
 
         Returns:
-            Whether all ranks' files are there.
+            Whether all are there.
         """
         self.refresh()
         records = []
-        for rank in range(self._world_size):
-            record = self.done(rank)
+        for file in files:
+            record = self.done(file)
             if record is None:  # of thousands of files not one more is looked at
                 return False
             records.append(record)
         write_json(self._folder / MANIFEST_NAME, {"world_size": self._world_size, **self._content(records)})
-        shutil.rmtree(self._folder / _RECORDS, ignore_errors=True)
+        shutil.rmtree(self._folder / RECORDS_NAME, ignore_errors=True)
         return True
 
     def _add(self, records: Iterable[FileRecord]) -> None:
         for record in records:
-            self._known[record.rank].add(record)
+            self._known[record.file].add(record)
 
     def _content(self, records: Sequence[FileRecord]) -> dict[str, Any]:
-        return {"version": _VERSION, "inputs": self._inputs, "files": [asdict(record) for record in records]}
+        return {"version": _VERSION, "request": self._request, "files": [asdict(record) for record in records]}
+
+
+def read_manifest(folder: Path) -> Optional[list[FileRecord]]:
+    """The records of a finished conversion, or None where the folder has no manifest that can be read."""
+    try:
+        return [FileRecord(**file) for file in _load(folder / MANIFEST_NAME)["files"]]
+    except (KeyError, TypeError):
+        return None
 
 
 def _load(path: Path) -> dict[str, Any]:

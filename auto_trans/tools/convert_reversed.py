@@ -29,6 +29,14 @@ from auto_trans.tools.script import boolean, run_script, script_parser
 
 __all__ = ["main"]
 
+_FLAGS = {
+    "src": "--mindspore_ckpt_dir",
+    "dst": "--tmp_dir",
+    "src_strategy": "--src_strategy_dirs",
+    "step": "--file_suffix",
+    "max_shard_size": "--max_shard_size",
+}
+
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Merges by the documented flags.
@@ -46,7 +54,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add("--filter_out_param_prefix", nargs="*", default=[], help="leave out parameters that begin so")
     add("--max_shard_size", default="5GB", help="largest size of a file (default: 5GB)")
     arguments = parser.parse_args(argv)
-    return run_script("convert_reversed", lambda: str(_merge(arguments)))
+    return run_script("convert_reversed", lambda: str(_merge(arguments)), _FLAGS)
 
 
 def _merge(arguments: argparse.Namespace) -> Path:
@@ -54,7 +62,8 @@ def _merge(arguments: argparse.Namespace) -> Path:
     report = merge_safetensors(
         arguments.mindspore_ckpt_dir, arguments.tmp_dir, arguments.src_strategy_dirs, file_suffix=arguments.file_suffix,
         redundancy_removed=arguments.has_redundancy, max_shard_size=arguments.max_shard_size,
-        filter_out_param_prefix=arguments.filter_out_param_prefix, quiet=False,
+        filter_out_param_prefix=arguments.filter_out_param_prefix, allow_extra=arguments.allow_extra,
+        allow_missing=arguments.allow_missing, quiet=False,
     )  # fmt: skip
     return report.target.absolute()
 

@@ -5,18 +5,30 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Callable, Optional
 
 from auto_trans.errors import AutoTransError
 
 __all__ = ["boolean", "run_script", "script_parser"]
 
+_ALLOW_FLAGS = {"allow_extra": "--allow_extra GLOB", "allow_missing": "--allow_missing GLOB"}
+
 
 def script_parser(name: str, documentation: Optional[str]) -> argparse.ArgumentParser:
     """A parser that shows the script's documentation as it is written."""
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=name, description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--allow_extra", metavar="GLOB", action="append", default=[],
+        help="ours: parameters that every rank may hold whole although no strategy lists them (may be repeated)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow_missing", metavar="GLOB", action="append", default=[],
+        help="ours: weights that the target lists and the source may lack (may be repeated)",
+    )  # fmt: skip
+    return parser
 
 
 def boolean(text: str) -> bool:
@@ -26,12 +38,13 @@ def boolean(text: str) -> bool:
     return text.lower() == "true"
 
 
-def run_script(name: str, work: Callable[[], str]) -> int:
+def run_script(name: str, work: Callable[[], str], flags: Mapping[str, str]) -> int:
     """Does the work of a script and prints its last line.
 
     Args:
         name: The script, for its errors.
         work: Returns the last line.
+        flags: The library's name of a setting -> the script's flag; for messages.
 
     Returns:
         The exit code: 0 done, 1 failed with an error in one line.
@@ -40,6 +53,7 @@ def run_script(name: str, work: Callable[[], str]) -> int:
     try:
         print(work())
     except AutoTransError as e:
+        e.told_by({**_ALLOW_FLAGS, **flags})
         sys.stderr.write(f"{name}: error: {e}\n")
         return 1
     return 0

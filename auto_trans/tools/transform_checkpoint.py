@@ -15,21 +15,33 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
 if __package__ in (None, ""):  # run by its path from a checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from auto_trans.conversion import Conversion, run_conversion
+from auto_trans.conversion import Conversion
 from auto_trans.coordination.election import elect
+from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError
 from auto_trans.log import logger
-from auto_trans.storage.scanned import as_strategy, find_source
+from auto_trans.request import Request
+from auto_trans.storage.sources import as_strategy, find_sources
 from auto_trans.tools.script import boolean, run_script, script_parser
 
 __all__ = ["main"]
+
+_FLAGS = {
+    "src": "--src_checkpoint",
+    "dst": "--dst_checkpoint",
+    "src_strategy": "--src_strategy",
+    "dst_strategy": "--dst_strategy",
+    "prefix": "--prefix",
+    "ranks": "--rank_id",
+}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -39,7 +51,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         The exit code: 0 done, 1 failed.
     """
     arguments = _parser().parse_args(argv)
-    return run_script("transform_checkpoint", lambda: f"load_checkpoint: {_transform(arguments)}")
+    return run_script("transform_checkpoint", lambda: f"load_checkpoint: {_transform(arguments)}", _FLAGS)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,15 +72,19 @@ def _parser() -> argparse.ArgumentParser:
 def _transform(arguments: argparse.Namespace) -> Path:
     source, target = as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy)
     if source.is_complete and target.is_complete:
-        raise ConfigError("src_strategy and dst_strategy cannot both be None: there is nothing to convert")
+        raise ConfigError("«src_strategy» and «dst_strategy» cannot both be None: there is nothing to convert")
     ranks = _own_ranks(arguments, target)
-    found = find_source(arguments.src_checkpoint, source)
     folder = Path(arguments.dst_checkpoint_dir).absolute()
+    found = find_sources(arguments.src_checkpoint, source)
+    request = Request(
+        Path(arguments.src_checkpoint), folder, source, target, ranks=tuple(ranks), prefix=arguments.prefix,
+        allowed=Allowed(tuple(arguments.allow_extra), tuple(arguments.allow_missing)),
+    )  # fmt: skip
     for checkpoint in found if ranks else ():
-        conversion = Conversion(
-            checkpoint, folder / checkpoint.name, source, target, prefix=arguments.prefix, ranks=ranks
-        )
-        logger.info("%s", run_conversion(conversion, "native", part=1 / arguments.transform_process_num))
+        conversion = Conversion(replace(request, dst=folder / checkpoint.name), checkpoint)
+        conversion.check(part=1 / arguments.transform_process_num)
+        conversion.log_plan()
+        logger.info("%s", conversion.run())
     return folder / found[0].name if len(found) == 1 else folder
 
 

@@ -8,7 +8,7 @@ from typing import Any, Callable, NamedTuple
 
 from auto_trans.errors import ConfigError
 from auto_trans.storage.formats import ckpt, safetensors
-from auto_trans.storage.formats.index import CheckpointIndex, Record, TensorHead
+from auto_trans.storage.formats.head import FileHead, Record, TensorHead
 
 __all__ = ["FORMATS", "Format", "encoded_size", "format_of", "parse_format", "scan"]
 
@@ -23,7 +23,7 @@ class Format(NamedTuple):
     """
 
     name: str
-    scan: Callable[[Path], CheckpointIndex]
+    scan: Callable[[Path], FileHead]
     encode: Callable[[Iterable[Any]], Iterator[tuple[Any, list[Record]]]]
 
     @property
@@ -54,7 +54,7 @@ def format_of(path: Path) -> Format:
     return parse_format(path.suffix[1:])
 
 
-def scan(path: Path) -> CheckpointIndex:
+def scan(path: Path) -> FileHead:
     """Finds the tensors of a file of any format without reading their contents."""
     return format_of(path).scan(path)
 

@@ -19,14 +19,14 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from auto_trans.core.layout import Shape
+from auto_trans.core.tensor import Shape
 from auto_trans.errors import (
     CheckpointError,
     CorruptCheckpointError,
     EncryptedCheckpointError,
     UnsupportedCheckpointError,
 )
-from auto_trans.storage.formats.index import CheckpointIndex, Record, StoredTensor, T
+from auto_trans.storage.formats.head import FileHead, Record, StoredTensor, T
 
 __all__ = ["CHUNK_BYTES", "compute_crc", "encode", "scan"]
 
@@ -39,7 +39,7 @@ _ENCRYPTED = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
-def scan(path: Path) -> CheckpointIndex:
+def scan(path: Path) -> FileHead:
     """Finds the tensors of a ``.ckpt`` file without reading their contents.
 
     Raises:
@@ -59,12 +59,12 @@ def scan(path: Path) -> CheckpointIndex:
         tail = os.pread(fd, _CRC_BYTES, max(0, stat.st_size - _CRC_BYTES))
         crc = int.from_bytes(tail[-10:], "big") if tail.startswith(_CRC_MARK) and len(tail) == _CRC_BYTES else None
         end = stat.st_size - (_CRC_BYTES if crc is not None else 0)
-        return CheckpointIndex(path, _scan_values(_Cursor(fd, path, end), path), stat.st_size, stat.st_mtime_ns, crc)
+        return FileHead(path, _scan_values(_Cursor(fd, path, end), path), stat.st_size, stat.st_mtime_ns, crc)
     finally:
         os.close(fd)
 
 
-def compute_crc(index: CheckpointIndex) -> int:
+def compute_crc(index: FileHead) -> int:
     """The crc32 that the trailer of a file with ``crc_check`` should hold; reads the whole file."""
     crc, rest = 0, index.size - _CRC_BYTES
     with open(index.path, "rb") as f:

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from auto_trans.core.tensor import ITEM_BYTES
 from auto_trans.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
-from auto_trans.storage.formats.index import ITEM_BYTES, CheckpointIndex, Record, StoredTensor, T
+from auto_trans.storage.formats.head import FileHead, Record, StoredTensor, T
 
 __all__ = ["encode", "scan"]
 
@@ -28,7 +29,7 @@ _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the library's own limit
 
 
-def scan(path: Path) -> CheckpointIndex:
+def scan(path: Path) -> FileHead:
     """Finds the tensors of a ``.safetensors`` file without reading their contents.
 
     Raises:
@@ -64,7 +65,7 @@ def scan(path: Path) -> CheckpointIndex:
         raise _corrupt(path, "it holds no parameters")
     crc = metadata.get("crc_num")
     removed = {"True": True, "False": False}.get(metadata.get("remove_redundancy", ""))
-    return CheckpointIndex(path, tensors, stat.st_size, stat.st_mtime_ns, int(crc) if crc else None, removed)
+    return FileHead(path, tensors, stat.st_size, stat.st_mtime_ns, int(crc) if crc else None, removed)
 
 
 def encode(tensors: Iterable[T]) -> Iterator[tuple[T, list[Record]]]:

@@ -1,24 +1,19 @@
-"""What a checkpoint file holds, whatever its format."""
+"""The head of a checkpoint file: what it holds and where, whatever its format."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Optional, Protocol, TypeVar, Union
 
 import xxhash
 
-from auto_trans.core.layout import Shape
+from auto_trans.core.tensor import ITEM_BYTES, Extent, Shape
 from auto_trans.errors import CorruptCheckpointError
 
-__all__ = ["ITEM_BYTES", "CheckpointIndex", "Record", "StoredTensor", "TensorHead", "content_digest"]
+__all__ = ["FileHead", "Record", "StoredTensor", "TensorHead", "digest_extents"]
 
-# Bytes per element of the tensor types that MindSpore writes; "str" and "Int4" (two to a byte) are moved as a whole.
-ITEM_BYTES = {
-    "Bool": 1, "Int8": 1, "UInt8": 1, "Int16": 2, "UInt16": 2, "Float16": 2, "BFloat16": 2,
-    "Int32": 4, "UInt32": 4, "Float32": 4, "Int64": 8, "UInt64": 8, "Float64": 8, "Complex64": 8, "Complex128": 16,
-}  # fmt: skip
 _READ_BYTES = 4 * 1024 * 1024
 
 
@@ -64,7 +59,7 @@ class StoredTensor:
 
     dtype: str
     dims: Shape
-    segments: tuple[tuple[int, int], ...]
+    segments: tuple[Extent, ...]
 
     @property
     def nbytes(self) -> int:
@@ -79,13 +74,13 @@ class StoredTensor:
         return self.dims
 
     @property
-    def item_bytes(self) -> int | None:
+    def item_bytes(self) -> Optional[int]:
         """Bytes of an element, or None where elements are no whole bytes."""
         return ITEM_BYTES.get(self.dtype)
 
 
 @dataclass(frozen=True)
-class CheckpointIndex:
+class FileHead:
     """What a checkpoint file holds.
 
     Attributes:
@@ -101,20 +96,24 @@ class CheckpointIndex:
     tensors: Mapping[str, StoredTensor]
     size: int
     mtime_ns: int
-    crc: int | None = None
-    redundancy_removed: bool | None = None
+    crc: Optional[int] = None
+    redundancy_removed: Optional[bool] = None
 
 
-def content_digest(index: CheckpointIndex, name: str) -> str:
-    """xxh3 digest of a tensor's contents."""
+def digest_extents(path: Union[str, Path], extents: Sequence[Extent]) -> str:
+    """xxh3 digest of what lies in some extents of a file.
+
+    Raises:
+        CorruptCheckpointError: The file is too short.
+    """
     digest = xxhash.xxh3_128()
-    with open(index.path, "rb") as f:
-        for offset, nbytes in index.tensors[name].segments:
+    with open(path, "rb") as f:
+        for offset, nbytes in extents:
             f.seek(offset)
             while nbytes:
                 part = f.read(min(nbytes, _READ_BYTES))
                 if not part:
-                    raise CorruptCheckpointError(f"{index.path} became shorter while parameter {name} was read")
+                    raise CorruptCheckpointError(f"{path} became shorter while it was read; copy or save it again")
                 digest.update(part)
                 nbytes -= len(part)
     return digest.hexdigest()

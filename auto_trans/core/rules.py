@@ -1,0 +1,327 @@
+"""What is refused, and what is told: the rules that keep a conversion from being silently wrong.
+
+MindSpore copies a parameter that its strategies do not list as it is. That is right for single numbers (global_step,
+loss scale) and for buffers that no graph uses; it is wrong for weights, which would be whole, or a slice of something
+else, beside sliced ones. Strategy files do not tell how many pipeline stages there are, so the names must: a parameter
+whose siblings in other layers are listed belongs to a stage whose strategy file is missing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from auto_trans.core.edits import Recipe
+from auto_trans.core.source import Heads, Source, Stored
+from auto_trans.core.strategy import Strategy, is_accumulated_gradient, is_optimizer_state
+from auto_trans.core.tensor import Shape
+from auto_trans.errors import PlanError
+
+__all__ = ["NOTHING", "Allowed", "Sorting", "check_heads", "check_network", "check_shapes", "some", "sort_parameters"]
+
+# Tables and masks that models hold beside their weights, and that a graph may not use.
+_BUFFER = re.compile(r"(?:^|[._])(?:freqs?|rope|rotary|inv_freq|cos|sin|masks?|position_ids|alibi|cached?)(?=$|[._\d])")
+_WEIGHT = re.compile(r"(?:^|[._])(?:weight|bias|gamma|beta|kernel|embedding|table)$")
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """What a user takes responsibility for.
+
+    Attributes:
+        extra: Patterns of parameters that are carried whole although no strategy lists them.
+        missing: Patterns of weights that the target lists and the source may lack.
+    """
+
+    extra: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+
+
+NOTHING = Allowed()
+
+
+@dataclass(frozen=True)
+class Sorting:
+    """What becomes of the parameters.
+
+    Attributes:
+        sliced: They are sliced anew.
+        carried: No strategy lists them; every rank gets them as they are.
+        dropped: Optimizer state that the target, which has no optimizer, does not take.
+        absent: The target lists them and the source does not hold them.
+        warnings: What a user should know, as sentences.
+    """
+
+    sliced: tuple[str, ...]
+    carried: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def sort_parameters(
+    source: Source, target: Strategy, recipes: Mapping[str, Recipe], allowed: Allowed = NOTHING
+) -> Sorting:
+    """Sorts the parameters of a target by what becomes of them.
+
+    Args:
+        source: The source.
+        target: Strategy of the target.
+        recipes: How the target's parameters are made.
+        allowed: What is allowed although it looks wrong.
+
+    Raises:
+        PlanError: A parameter would be silently wrong.
+    """
+    return _Sorter(source, target, recipes, allowed).sort()
+
+
+class _Sorter:
+    def __init__(self, source: Source, target: Strategy, recipes: Mapping[str, Recipe], allowed: Allowed) -> None:
+        self._source, self._target, self._recipes, self._allowed = source, target, recipes, allowed
+        self._strategies = [strategy for strategy in (source.strategy, target) if not strategy.is_complete]
+        listed = {name for strategy in self._strategies for name in (*strategy.layouts, *strategy.refused)}
+        self._listed_kinds = {_kind(name) for name in listed}
+        # a target without any optimizer state is a job that does not train: dropping the state is what it asks for
+        self._trains = target.is_complete or any(is_optimizer_state(name) for name in target.names())
+
+    def sort(self) -> Sorting:
+        if not self._strategies:
+            return Sorting(tuple(self._recipes))
+        source, target = self._source.strategy, self._target
+        sliced: list[str] = []
+        carried: list[str] = []
+        lost: list[str] = []
+        unlisted: list[str] = []
+        for name, recipe in self._recipes.items():
+            in_source, in_target = source.lists(recipe.source), target.lists(name)
+            if not in_source and not in_target:
+                carried.append(name)
+            elif (in_source or source.is_complete) and (in_target or target.is_complete):
+                sliced.append(name)
+            else:
+                (lost if in_source else unlisted).append(name)
+        if not sliced:
+            raise PlanError(
+                f"none of the {len(self._recipes)} parameters of the source ({some(self._recipes)}) is in "
+                f"{self._origins()}; they are of another model"
+            )
+        dropped = [name for name in (*carried, *lost) if self._is_unwanted(name)]
+        carried, lost = _without(carried, dropped), _without(lost, dropped)
+        self._check_unlisted(unlisted)
+        self._check_lost(lost)
+        absent = self._absent()
+        self._check_carried(carried, absent)
+        self._check_absent(absent)
+        return Sorting((*sliced, *lost), tuple(carried), tuple(dropped), absent, tuple(self._warnings(carried)))
+
+    def _is_unwanted(self, name: str) -> bool:
+        return is_accumulated_gradient(name) or (is_optimizer_state(name) and not self._trains)
+
+    def _check_unlisted(self, names: Sequence[str]) -> None:
+        if names:
+            raise PlanError(
+                f"parameter {some(names)} is in the source and in the target strategy {self._target.origin}, but not in "
+                f"the source strategy {self._source.strategy.origin}; give the strategy that the weights were saved under, "
+                f"of all pipeline stages («src_strategy»)"
+            )
+
+    def _check_lost(self, names: Sequence[str]) -> None:
+        missing = [name for name in names if not _matches(name, self._allowed.extra)]
+        if missing:
+            raise PlanError(
+                f"parameter {some(missing)} is in the source, but not in the target strategy {self._target.origin}, which "
+                f"describes {_stages(self._target)}; give the strategy of the same model, of all pipeline stages "
+                f"(«dst_strategy»), or have every rank hold them whole with «allow_extra»"
+            )
+
+    def _check_carried(self, names: Sequence[str], absent: Sequence[str]) -> None:
+        wrong = [name for name in names if not _matches(name, self._allowed.extra) and self._is_weight(name)]
+        if not wrong:
+            return
+        siblings = [name for name in wrong if _kind(name) in self._listed_kinds]
+        text = f"{self._origins()} does not list parameter {some(wrong, 5)}, which the source holds"
+        lacking = [name for name in absent if not is_optimizer_state(name)]
+        if lacking and self._source.strategy.is_complete and not siblings:
+            raise PlanError(
+                f"the source holds {some(wrong)}, which {self._origins()} does not list, and lacks {some(lacking)}, which "
+                f"it lists; they are of another model"
+            )
+        because = " though it lists the same parameter of other layers" if siblings else ""
+        hint = ""
+        if any(strategy.stages == 1 and _lists_gradients(strategy) for strategy in self._strategies):
+            hint = ", and lists accumulated gradients, as the stage files of pipeline jobs do"
+        stages = "; ".join(f"{strategy.origin} describes {_stages(strategy)}" for strategy in self._strategies)
+        setting = "«dst_strategy»" if not self._target.is_complete else "«src_strategy»"
+        raise PlanError(
+            f"{text}{because}: every rank would get them whole beside sliced ones. {stages}{hint}. Give the strategy files "
+            f"of all pipeline stages ({setting}: the folder with the files of all nodes, or the merged file), or, if no graph "
+            f"uses these parameters, allow them with «allow_extra»"
+        )
+
+    def _is_weight(self, name: str) -> bool:
+        """Whether a parameter that no strategy lists is a weight, or the optimizer state of one."""
+        if _kind(name) in self._listed_kinds or is_optimizer_state(name):
+            return True
+        shape = self._source.tensor(self._recipes[name].source).shape
+        if math.prod(shape) <= 1:
+            return False
+        if name.partition(".")[2] in self._recipes or any(f"{state}.{name}" in self._recipes for state in _STATES):
+            return True
+        return bool(_WEIGHT.search(name)) or (len(shape) > 1 and not _BUFFER.search(name))
+
+    def _absent(self) -> tuple[str, ...]:
+        """What the target lists, or for a complete target what the source strategy lists, and the source does not hold."""
+        held = {*self._source.names, *self._recipes}
+        wanted = self._source.strategy if self._target.is_complete else self._target
+        names: Iterable[str] = wanted.names()
+        if self._target.is_complete and not any(is_optimizer_state(name) for name in held):
+            names = (name for name in names if not is_optimizer_state(name))  # saved without optimizer
+        return tuple(sorted(name for name in names if name not in held and not is_accumulated_gradient(name)))
+
+    def _check_absent(self, names: Sequence[str]) -> None:
+        held = {_kind(name) for name in self._source.names}
+        wrong = [
+            name
+            for name in names
+            if not is_optimizer_state(name) and _kind(name) in held and not _matches(name, self._allowed.missing)
+        ]
+        if wrong:
+            raise PlanError(
+                f"the source lacks parameter {some(wrong, 5)}, though it holds the same parameter of other layers: a part "
+                f"of the checkpoint is missing, or {self._origins()} is of a deeper model; copy the rank folders and strategy "
+                f"files of all pipeline stages to the source, or, if the model shall keep its initial values there, allow "
+                f"it with «allow_missing»"
+            )
+
+    def _warnings(self, carried: Iterable[str]) -> Iterable[str]:
+        arrays = [n for n in carried if math.prod(self._source.tensor(self._recipes[n].source).shape) > 1]
+        if arrays:
+            yield f"in no strategy, every rank gets the whole of {some(arrays, 10)}"
+        for strategy in self._strategies:
+            if strategy.stages == 1 and _lists_gradients(strategy):
+                yield (
+                    f"{strategy.origin} lists accumulated gradients, as pipeline jobs do, but describes one stage only; if "
+                    f"the job had more, give the strategy files of all stages"
+                )
+
+    def _origins(self) -> str:
+        return " or ".join(dict.fromkeys(strategy.origin for strategy in self._strategies))
+
+
+# with these before its name a parameter is the optimizer state of another
+_STATES = ("adam_m", "adam_v", "moment1", "moment2", "moments", "accum", "stat")
+
+
+def check_shapes(source: Source) -> None:
+    """Compares the full shapes that the source strategy makes of the slices: do they make up one model?
+
+    A strategy of the right names but another slicing multiplies slices by the wrong numbers. Optimizer moments have the
+    shape of their weight, a bias has the length of a dimension of its weight, and the layers of a model are alike.
+
+    Raises:
+        PlanError: They contradict each other.
+    """
+    strategy = source.strategy
+    if strategy.is_complete:
+        return
+    names = [name for name in source.names if strategy.lists(name) and name not in strategy.refused]
+    known = set(names)
+    first: dict[tuple[str, Shape], str] = {}
+    for name in names:
+        weight = name.partition(".")[2] if is_optimizer_state(name) else ""
+        if weight in known:
+            _check_equal(source, name, weight)
+        # layers of the same kind whose ranks hold slices of the same shape are of the same shape as a whole
+        _check_equal(source, name, first.setdefault((_kind(name), source.held_shape(name)), name))
+        weight = name[: -len(".bias")] + ".weight" if name.endswith(".bias") else ""
+        if weight in known and not set(source.tensor(name).shape) <= set(source.tensor(weight).shape):
+            raise _contradiction(source, name, weight)
+
+
+def check_heads(strategy: Strategy, heads: Heads) -> None:
+    """Compares what the files of all ranks hold: under one strategy slices of a parameter are alike on all ranks of a stage.
+
+    Raises:
+        PlanError: A rank holds something else.
+    """
+    first: dict[tuple[str, int], tuple[int, Stored]] = {}
+    for rank in heads.ranks:
+        stage = strategy.stage_of(rank)
+        for name, stored in heads.tensors(rank).items():
+            if strategy.is_complete or not strategy.lists(name):
+                continue
+            other, expected = first.setdefault((name, stage), (rank, stored))
+            if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
+                raise PlanError(
+                    f"parameter {name} is {list(expected.shape)} {expected.dtype} in {heads.describe(other)} but "
+                    f"{list(stored.shape)} {stored.dtype} in {heads.describe(rank)}, which the strategy {strategy.origin} "
+                    f"does not tell apart: the files are of different jobs or steps; copy those of one («src»)"
+                )
+
+
+def check_network(shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, Shape, Shape]], origin: str) -> None:
+    """Compares what a plan makes with the network that will load it.
+
+    Args:
+        shapes: Parameter -> its shape in the network, full or as this rank holds it.
+        tensors: Name, full shape and shape of this rank's slice of every parameter that is made for this rank.
+        origin: The source strategy, for the message.
+
+    Raises:
+        PlanError: The plan makes something else of a parameter.
+    """
+    for name, full, part in tensors:
+        shape = shapes.get(name)
+        if shape is not None and shape not in (full, part):
+            raise PlanError(
+                f"parameter {name} is {list(shape)} in the network, but by the source strategy {origin} its slices make up "
+                f"{list(full)} ({list(part)} on this rank): that is not the strategy that the weights were saved under; set "
+                f"«src_strategy» to the one in the output of the job that saved them"
+            )
+
+
+def some(names: Iterable[str], count: int = 3) -> str:
+    """Some of many names, for messages."""
+    names = list(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def _check_equal(source: Source, name: str, other: str) -> None:
+    if source.tensor(name).shape != source.tensor(other).shape:
+        raise _contradiction(source, name, other)
+
+
+def _contradiction(source: Source, name: str, other: str) -> PlanError:
+    one, two = source.tensor(name), source.tensor(other)
+    return PlanError(
+        f"by the source strategy {source.strategy.origin} parameter {name} is {list(one.shape)} as a whole and {other} "
+        f"{list(two.shape)}, which contradict each other: it is not the strategy that the weights were saved under; give "
+        f"the one in the output of the job that saved them («src_strategy»)"
+    )
+
+
+def _kind(name: str) -> str:
+    """The name without its numbers: the same in every layer."""
+    return _NUMBER.sub("#", name)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _without(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    left_out = set(others)
+    return [name for name in names if name not in left_out]
+
+
+def _stages(strategy: Strategy) -> str:
+    return "stage 0 only" if strategy.stages == 1 else f"stage 0 to {strategy.stages - 1}"
+
+
+def _lists_gradients(strategy: Strategy) -> bool:
+    return any(is_accumulated_gradient(name) for name in strategy.names())

@@ -1,0 +1,369 @@
+"""The source of a plan: which shards of which tensors there are.
+
+A plan asks a `Source` for shards and knows nothing of rank folders or formats. `SlicedSource` is the source that a strategy
+describes: rank folders, and complete checkpoints, whose strategy has every parameter whole. Pure: the heads of the files are
+seen through `Heads`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Optional, Protocol
+
+from auto_trans.core.layout import Layout
+from auto_trans.core.strategy import Strategy
+from auto_trans.core.tensor import Box, Extent, Shape, Shard, SourceFile, Tensor
+from auto_trans.errors import LayoutError, MissingSliceError, PlanError
+
+__all__ = ["Heads", "SlicedSource", "Source", "Stored"]
+
+
+class Stored(Protocol):
+    """What the head of a file tells of a tensor in it."""
+
+    @property
+    def dtype(self) -> str:
+        """MindSpore's name of the type."""
+
+    @property
+    def dims(self) -> Shape:
+        """The dims as stored."""
+
+    @property
+    def shape(self) -> Shape:
+        """The shape; () for scalars and for what cannot be sliced."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the contents."""
+
+    @property
+    def segments(self) -> tuple[Extent, ...]:
+        """Where the contents lie."""
+
+
+class Heads(Protocol):
+    """The heads of the files of a source, by rank."""
+
+    @property
+    def ranks(self) -> Sequence[int]:
+        """The ranks whose files are there, in ascending order."""
+
+    def tensors(self, rank: int) -> Mapping[str, Stored]:
+        """What a rank holds, by name, in file order."""
+
+    def file(self, rank: int, name: str) -> SourceFile:
+        """The file in which a rank holds a parameter."""
+
+    def describe(self, rank: int) -> str:
+        """The files of a rank, for messages."""
+
+
+class Source(Protocol):
+    """Tensors and their shards; what a plan needs to know of the weights that it converts."""
+
+    @property
+    def strategy(self) -> Strategy:
+        """How the tensors are sliced."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Every parameter that is held, in file order."""
+
+    def tensor(self, name: str) -> Tensor:
+        """A full tensor. What the strategy does not tell about is taken to be whole.
+
+        Raises:
+            PlanError: Its layout does not fit what the files hold.
+        """
+
+    def held_shape(self, name: str) -> Shape:
+        """The shape of what a rank holds of a tensor."""
+
+    def shards(self, name: str, box: Box) -> Sequence[Shard]:
+        """Shards that together hold a box of a tensor, each part of it once, in row-major order.
+
+        Raises:
+            MissingSliceError: A part of it is nowhere.
+            PlanError: A file holds something else under that name.
+        """
+
+    def at(self, name: str, place: int) -> Shard:
+        """A parameter that no strategy lists, as the rank at a place holds it.
+
+        Args:
+            name: The parameter.
+            place: A rank within a stage of the target. MindSpore gives a rank what the source rank at the same place
+                holds; where there is none, any other serves.
+        """
+
+    def where(self, name: str) -> str:
+        """A file that holds a parameter, for messages."""
+
+    def may_differ(self, name: str) -> Optional[tuple[Shard, Shard]]:
+        """What two ranks hold of a parameter that no strategy lists; if they differ, it is sliced after all.
+
+        None where there is but one.
+        """
+
+
+class _Part(NamedTuple):
+    """A slice of a grid that overlaps a box."""
+
+    cell: Shape
+    box: Box
+
+
+class _Grid:
+    """The slices of the tensors that have one layout and one shape; the layers of a model share it."""
+
+    def __init__(self, layout: Layout, slice_shape: Shape) -> None:
+        self.slice_shape, self.full_shape = slice_shape, layout.full_shape(slice_shape)
+        self._layout = layout
+        self._owners: dict[Shape, tuple[int, ...]] = {}
+        self._parts: dict[Box, tuple[_Part, ...]] = {}
+
+    def owners(self, cell: Shape) -> tuple[int, ...]:
+        """The ranks (counted within the stage) that hold a slice."""
+        if cell not in self._owners:
+            self._owners[cell] = self._layout.owners(cell)
+        return self._owners[cell]
+
+    def overlapping(self, box: Box) -> tuple[_Part, ...]:
+        """The slices that overlap a box."""
+        if box not in self._parts:
+            cells = self._layout.overlapping(self.full_shape, box)
+            self._parts[box] = tuple(_Part(cell, self._box(cell)) for cell, _ in cells)
+        return self._parts[box]
+
+    def _box(self, cell: Shape) -> Box:
+        return Box(tuple(c * n for c, n in zip(cell, self.slice_shape)), self.slice_shape)
+
+
+class SlicedSource:
+    """A checkpoint whose slices lie where a strategy says.
+
+    Args:
+        strategy: The strategy that it was saved under; `Strategy.complete` for complete weights.
+        heads: The heads of its files.
+
+    Raises:
+        MissingSliceError: All ranks of a stage, or all that hold a parameter, are missing.
+        PlanError: The strategy is not that of the files.
+    """
+
+    def __init__(self, strategy: Strategy, heads: Heads) -> None:
+        self.strategy, self._heads = strategy, heads
+        self._there = frozenset(heads.ranks)
+        self._check_ranks()
+        self._holders = _find_holders(strategy, heads)
+        self.names: Sequence[str] = tuple(self._holders)
+        self._tensors: dict[str, Tensor] = {}
+        self._grids: dict[tuple[Layout, Shape], _Grid] = {}
+        self._grid_of: dict[str, _Grid] = {}
+
+    def tensor(self, name: str) -> Tensor:
+        """A full tensor, see `Source`."""
+        if name not in self._tensors:
+            stored = self._stored(name)
+            grid = self._grid(name)
+            self._tensors[name] = _as_tensor(name, stored, grid.full_shape if grid else stored.shape)
+        return self._tensors[name]
+
+    def held_shape(self, name: str) -> Shape:
+        """The shape of a slice, see `Source`."""
+        return self._stored(name).shape
+
+    def shards(self, name: str, box: Box) -> Sequence[Shard]:
+        """Shards that together hold a box, see `Source`."""
+        tensor, grid = self.tensor(name), self._grid_of[name]
+        found = []
+        for part in grid.overlapping(box):
+            rank = self._owner(name, grid, part.cell)
+            segments = self._stored(name, rank).segments
+            found.append(Shard(tensor, part.box, self._heads.file(rank, name), segments))
+        return found
+
+    def at(self, name: str, place: int) -> Shard:
+        """A parameter that no strategy lists, see `Source`."""
+        devices, holder = self.strategy.stage_devices, self._holders[name]
+        same_place = holder // devices * devices + place % devices
+        there = same_place in self._there and name in self._heads.tensors(same_place)
+        return self._whole(name, same_place if there else holder)
+
+    def where(self, name: str) -> str:
+        """A file that holds a parameter, see `Source`."""
+        return self._heads.file(self._holders[name], name).path
+
+    def may_differ(self, name: str) -> Optional[tuple[Shard, Shard]]:
+        """What two ranks hold, see `Source`.
+
+        The first and the last rank of a stage differ in every axis of the device matrix, so their slices of a tensor
+        that is sliced at all are different ones.
+        """
+        first, devices = self._holders[name], self.strategy.stage_devices
+        members = (rank for rank in reversed(self._heads.ranks) if rank // devices == first // devices)
+        last = next(rank for rank in members if name in self._heads.tensors(rank))
+        return None if first == last else (self._whole(name, first), self._whole(name, last))
+
+    def copies(self) -> Iterator[tuple[Shard, Shard]]:
+        """Every slice that several ranks hold: the lowest of them with each of the others."""
+        for name in self.names:
+            if not self.strategy.lists(name):
+                continue
+            tensor, first = self.tensor(name), dict[tuple[int, Shape], Shard]()
+            for rank in self._heads.ranks:
+                stage = self.strategy.stage_of(rank)
+                layout = self.strategy.layout(name, stage)
+                if layout is None or name not in self._heads.tensors(rank):
+                    continue
+                box = layout.box(rank % self.strategy.stage_devices, tensor.shape)
+                shard = Shard(tensor, box, self._heads.file(rank, name), self._stored(name, rank).segments)
+                lowest = first.setdefault((stage, box.offset), shard)
+                if lowest is not shard:
+                    yield lowest, shard
+
+    def _whole(self, name: str, rank: int) -> Shard:
+        stored = self._stored(name, rank)
+        tensor = _as_tensor(name, stored, stored.shape)
+        return Shard(tensor, Box.whole(tensor.shape), self._heads.file(rank, name), stored.segments)
+
+    def _grid(self, name: str) -> Optional[_Grid]:
+        """The slices of a parameter; None where the strategy does not tell."""
+        stored = self._stored(name)
+        try:
+            layout = self.strategy.layout(name, self._stage(name))
+            if layout is None:
+                return None
+            key = layout, stored.shape
+            if key not in self._grids:
+                self._grids[key] = _Grid(*key)
+        except LayoutError as e:
+            raise PlanError(
+                f"parameter {name} of {self.where(name)} has shape {list(stored.shape)}, which does not fit "
+                f"{self.strategy.origin}: {e}"
+            ) from e
+        self._grid_of[name] = self._grids[key]
+        return self._grids[key]
+
+    def _stored(self, name: str, rank: Optional[int] = None) -> Stored:
+        """What a rank's file, by default that of the holder, tells of a parameter."""
+        return self._heads.tensors(self._holders[name] if rank is None else rank)[name]
+
+    def _stage(self, name: str) -> int:
+        """The stage whose slices of a parameter are read: that of its holder."""
+        return self._holders[name] // self.strategy.stage_devices
+
+    def _owner(self, name: str, grid: _Grid, cell: Shape) -> int:
+        """The lowest rank that holds a slice of a parameter; replicas are alike."""
+        first = self._stage(name) * self.strategy.stage_devices
+        rank = _first_there(self._heads, self._there, name, first, grid.owners(cell))
+        if rank is None:
+            owners = ", ".join(str(first + local) for local in grid.owners(cell))
+            raise MissingSliceError(
+                f"slice {list(cell)} of parameter {name} is held by source rank {owners} only, of which no file is there "
+                f"that holds it; copy the missing rank folders to the source"
+            )
+        stored, expected = self._stored(name, rank), self._stored(name)
+        if stored is not expected and (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
+            raise PlanError(
+                f"parameter {name} is {list(stored.shape)} {stored.dtype} in {self._heads.describe(rank)} but "
+                f"{list(expected.shape)} {expected.dtype} in {self.where(name)}: the files are of different jobs or steps, "
+                f"or the source strategy {self.strategy.origin} is not theirs"
+            )
+        return rank
+
+    def _check_ranks(self) -> None:
+        ranks, world = self._heads.ranks, self.strategy.world_size
+        if self.strategy.is_complete and len(ranks) > 1:
+            raise PlanError(
+                f"the source is distributed over {len(ranks)} rank folders; give the strategy that it was saved under "
+                f"(«src_strategy»)"
+            )
+        if ranks[-1] >= world:
+            raise PlanError(
+                f"the source has {len(ranks)} rank folders (up to rank_{ranks[-1]}), but its strategy "
+                f"{self.strategy.origin} describes {world} ranks: it is one stage's file of a pipeline job, for which the "
+                f"strategy folder or the merged file must be given («src_strategy»), or the strategy of another job"
+            )
+
+
+def _find_holders(strategy: Strategy, heads: Heads) -> dict[str, int]:
+    """Every parameter that the source holds -> a rank that holds it, in file order.
+
+    Raises:
+        MissingSliceError: All ranks of a stage are missing, or a parameter lies only where its stage is not.
+    """
+    holders: dict[str, int] = {}
+    strays: dict[str, int] = {}
+    for stage in range(strategy.stages):
+        members = _members(strategy, heads, stage)
+        for name in heads.tensors(members[0]):
+            stages = strategy.stages_of(name)
+            (holders if not stages or stage in stages else strays).setdefault(name, members[0])
+        if _find_spread(strategy, heads, stage, holders):
+            for rank in members[1:]:
+                for name in heads.tensors(rank):
+                    if not strategy.lists(name):
+                        holders.setdefault(name, rank)
+    for name in strays.keys() - holders.keys():
+        raise MissingSliceError(
+            f"parameter {name} is in {heads.describe(strays[name])}, but the strategy {strategy.origin} lists it for stage "
+            f"{', '.join(map(str, strategy.stages_of(name)))}, of which no file holds it; copy the missing rank folders to "
+            f"the source"
+        )
+    return holders
+
+
+def _members(strategy: Strategy, heads: Heads, stage: int) -> list[int]:
+    """The ranks of a stage whose files are there."""
+    devices = strategy.stage_devices
+    members = [rank for rank in heads.ranks if rank // devices == stage]
+    if not members:
+        raise MissingSliceError(
+            f"no rank folder of pipeline stage {stage} (rank {stage * devices} to {(stage + 1) * devices - 1}) is there, "
+            f"which the strategy {strategy.origin} describes; copy the missing rank folders to the source"
+        )
+    return members
+
+
+def _find_spread(strategy: Strategy, heads: Heads, stage: int, holders: dict[str, int]) -> bool:
+    """Adds what the first file of a stage lacks: with redundancy removed other ranks have it.
+
+    What the strategy lists and the file lacks is looked for in the files that own its first and its last slice; where
+    both are missing, it was not saved at all.
+
+    Returns:
+        Whether something was found. Then what no strategy lists may lie with any rank, too.
+    """
+    there, first, spread = frozenset(heads.ranks), stage * strategy.stage_devices, False
+    for name in strategy.names(stage):
+        if name in holders or name in strategy.refused:
+            continue
+        layout = strategy.layouts[name][stage]
+        for cell in _corners(layout):
+            owner = _first_there(heads, there, name, first, layout.owners(cell))
+            if owner is not None:
+                holders[name] = owner
+                spread = True
+                break
+    return spread
+
+
+def _first_there(heads: Heads, there: frozenset[int], name: str, first: int, locals_: Sequence[int]) -> Optional[int]:
+    """The lowest of some ranks of a stage, which begins at ``first``, whose file is there and holds a parameter."""
+    ranks: Iterator[int] = (first + local for local in locals_)
+    return next((rank for rank in ranks if rank in there and name in heads.tensors(rank)), None)
+
+
+def _corners(layout: Layout) -> tuple[Shape, ...]:
+    """The first and the last slice of a layout."""
+    grid = layout.grid(max(len(layout.tensor_map), 1) if not layout.ndims else layout.ndims[-1])
+    return tuple(0 for _ in grid), tuple(n - 1 for n in grid)
+
+
+def _as_tensor(name: str, stored: Stored, shape: Shape) -> Tensor:
+    elements = math.prod(stored.shape)
+    whole_dims = stored.dims if stored.dims != stored.shape and shape == stored.shape else None
+    return Tensor(name, stored.dtype, shape, stored.nbytes // max(elements, 1), whole_dims)

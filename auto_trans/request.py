@@ -1,0 +1,106 @@
+"""Everything that a conversion depends on, as one frozen value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional
+
+import xxhash
+
+from auto_trans.config import DEFAULT_MEMORY, parse_engine
+from auto_trans.core.edits import Edit
+from auto_trans.core.rules import NOTHING, Allowed
+from auto_trans.core.strategy import Strategy
+from auto_trans.errors import ConfigError
+from auto_trans.storage.formats import parse_format
+from auto_trans.storage.sources import Checkpoint
+
+__all__ = ["Request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be converted, how, and where to. Picklable.
+
+    Attributes:
+        src: The source: a complete file, a folder of ``rank_N`` folders, a folder of shards or of complete files.
+        dst: The target folder.
+        from_strategy: Strategy of the source.
+        to_strategy: Strategy of the target.
+        ranks: The target ranks to convert; None for all.
+        edits: Changes on the way, in order.
+        allowed: What is allowed although it looks wrong.
+        prefix: Beginning of the target files' names.
+        format: ``ckpt`` or ``safetensors``; None for that of the source.
+        shard_size: Write a complete set of safetensors files with indices, of at most so many bytes each; None for rank
+            folders.
+        step: The step to take from the rank folders, as ``{epoch}_{step}``, or the end of the files' names.
+        resume_file: Name of the file to take from the rank folders, where ``resume_training`` picked it.
+        engine: ``native`` or ``mindspore``.
+        by_rank: Has the mindspore engine convert rank by rank.
+        processes: Worker processes on this machine.
+        memory_limit: Bytes of memory of a process.
+        reuse: Keep files that are there already and were made for the same request.
+        check_replicas: Compare the bytes of all copies of every slice first.
+        network: Parameter -> shape in the network that will load the target, where there is one.
+    """
+
+    src: Path
+    dst: Path
+    from_strategy: Strategy
+    to_strategy: Strategy
+    ranks: Optional[tuple[int, ...]] = None
+    edits: tuple[Edit, ...] = ()
+    allowed: Allowed = NOTHING
+    prefix: str = "checkpoint_"
+    format: Optional[str] = None
+    shard_size: Optional[int] = None
+    step: Optional[str] = None
+    resume_file: Optional[str] = None
+    engine: str = "native"
+    by_rank: bool = False
+    processes: int = 1
+    memory_limit: int = DEFAULT_MEMORY
+    reuse: bool = True
+    check_replicas: bool = False
+    network: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prefix, str) or not self.prefix or "/" in self.prefix:
+            raise ConfigError(f"«prefix» must be the beginning of a file name, not {self.prefix!r}")
+        if self.format is not None:
+            parse_format(self.format)
+        parse_engine(self.engine)
+        if self.processes < 1:
+            raise ConfigError(f"«processes» must be at least 1, not {self.processes}")
+
+    def digest(self, checkpoint: Checkpoint) -> str:
+        """Digest of all that decides what the target files hold, the state of the source files included.
+
+        Args:
+            checkpoint: The chosen source.
+        """
+        sources = []
+        for rank, files in checkpoint.files.items():
+            for file in files:
+                stat = file.stat()
+                sources.append((rank, str(file.resolve()), stat.st_size, stat.st_mtime_ns))
+        content: list[tuple[str, Any]] = [("sources", sources)]
+        for item in fields(self):
+            if item.name not in _WITHOUT_EFFECT:
+                value: Any = getattr(self, item.name)
+                content.append((item.name, value.digest if isinstance(value, Strategy) else value))
+        content.append(("format", self.format or checkpoint.format.name))
+        return xxhash.xxh3_128_hexdigest(repr(content).encode())
+
+
+# What changes nothing in the target files. The source and its step are known by the chosen files, and the ranks by the
+# files' names.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "src", "dst", "ranks", "format", "step", "resume_file", "engine", "by_rank", "processes", "memory_limit", "reuse",
+        "check_replicas", "network",
+    }
+)  # fmt: skip
