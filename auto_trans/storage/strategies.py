@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple, Union
 
@@ -56,10 +56,9 @@ def read_strategy(path: PathLike) -> Strategy:
     path = Path(path)
     if path.is_dir():
         by_stage, merged = _read_folder(path)
-        parts = [by_stage[stage].content.parts[0] for stage in sorted(by_stage)]
-        return _assemble(parts or merged[0].content.parts, path)
+        return _assemble(by_stage.values() or merged[:1], path)
     if path.is_file():
-        return _assemble(parse(path, _read_bytes(path)).parts, path)
+        return _assemble(_read_files([path]), path)
     raise StrategyNotFoundError(f"strategy {path} is not found; set it to a strategy file or folder that exists")
 
 
@@ -88,27 +87,19 @@ def merge_strategies(folder: PathLike, output: PathLike | None = None) -> Path:
     by_stage, _ = _read_folder(folder)
     if not by_stage:
         raise StrategyNotFoundError(f"{folder} holds no per-stage strategy files (*_rank_N.ckpt or .json) to merge")
-    strategy = _assemble([by_stage[stage].content.parts[0] for stage in sorted(by_stage)], folder)
-    if strategy.stages == 1 and any(name.startswith("accu_grads.") for name in (*strategy.layouts, *strategy.refused)):
-        logger.warning(
-            "%s holds one pipeline stage, but lists accu_grads.*, as the stages of a pipeline job do (or gradient "
-            "accumulation): if the job has more stages, gather the strategy files of all nodes in this folder and merge "
-            "them again",
-            folder,
-        )
-    with new_file(output) as out:
-        for piece in merge((stage, by_stage[stage].content) for stage in sorted(by_stage)):
-            out.write(piece)
+    _write_merged(by_stage, folder, output)
     return output
 
 
 def remerge_strategies(path: PathLike | None) -> None:
     """Writes the merged file of a strategy folder anew, as MindFormers' scripts do; an old one stays if that fails.
 
-    Nothing is done for what is no folder, or where pipeline parallelism is not used.
+    Nothing is done for what is no folder, where pipeline parallelism is not used, or where the merged file is alone.
     """
-    if path and path != "None" and Path(path).is_dir() and read_strategy(path).stages > 1:
-        merge_strategies(path)
+    if path and path != "None" and Path(path).is_dir():
+        by_stage, _ = _read_folder(Path(path))
+        if len(by_stage) > 1:
+            _write_merged(by_stage, Path(path), Path(path) / MERGED_NAME)
 
 
 def single_file(path: PathLike, scratch: Path) -> Path:
@@ -123,13 +114,28 @@ def single_file(path: PathLike, scratch: Path) -> Path:
         return path
     by_stage, merged = _read_folder(path)
     if len(by_stage) > 1:
-        return merge_strategies(path, scratch)
-    return by_stage[0].file if by_stage else merged[0].file
+        _write_merged(by_stage, path, scratch)
+        return scratch
+    return (*by_stage.values(), *merged)[0].file
 
 
 def named_ranks(folder: PathLike) -> frozenset[int]:
     """The ranks that the names of a folder's strategy files carry."""
     return frozenset(rank for file in _strategy_files(Path(folder)) if (rank := _rank_of(file)) is not None)
+
+
+def _write_merged(by_stage: Mapping[int, _Found], folder: Path, output: Path) -> None:
+    strategy = _assemble(by_stage.values(), folder)
+    if strategy.stages == 1 and any(name.startswith("accu_grads.") for name in (*strategy.layouts, *strategy.refused)):
+        logger.warning(
+            "%s holds one pipeline stage, but lists accu_grads.*, as the stages of a pipeline job do (or gradient "
+            "accumulation): if the job has more stages, gather the strategy files of all nodes in this folder and merge "
+            "them again",
+            folder,
+        )
+    with new_file(output) as out:
+        for piece in merge((stage, by_stage[stage].content) for stage in sorted(by_stage)):
+            out.write(piece)
 
 
 def _strategy_files(folder: Path) -> list[Path]:
@@ -233,20 +239,21 @@ def _read_bytes(file: Path) -> bytes:
     raise StrategyError(f"{file} is larger than any strategy file: it is a checkpoint; set the strategy files instead")
 
 
-def _assemble(parts: Iterable[StagePart], origin: Path) -> Strategy:
-    stages = {part.stage: part for part in parts}
-    devices = {_devices(part, origin) for part in stages.values()}
+def _assemble(files: Iterable[_Found], origin: Path) -> Strategy:
+    """The strategy that files make up, which describe different stages."""
+    parts = sorted((part for found in files for part in found.content.parts), key=lambda part: part.stage)
+    devices = {_devices(part, origin) for part in parts}
     if len(devices) > 1:
         raise StrategyError(f"strategy {origin}: its stages have different numbers of ranks: {sorted(devices)}")
     (stage_devices,) = devices
-    _check_no_gap(sorted(stages), stage_devices, origin)
+    _check_no_gap([part.stage for part in parts], stage_devices, origin)
     layouts: dict[str, dict[int, Layout]] = {}
     refused: dict[str, str] = {}
-    for part in stages.values():
+    for part in parts:
         refused.update(part.refused)
         for name, layout in part.layouts.items():
             layouts.setdefault(name, {})[part.stage] = layout
-    return Strategy(len(stages), stage_devices, layouts, refused, str(origin))
+    return Strategy(len(parts), stage_devices, layouts, refused, str(origin))
 
 
 def _check_no_gap(stages: list[int], devices: int, origin: Path) -> None:

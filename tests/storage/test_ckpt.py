@@ -212,6 +212,13 @@ def test_malformed_tensors_are_refused(tmp_path, tensor, message):
         scan(path)
 
 
+def test_unknown_record_is_refused(tmp_path):
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(field(2, field(1, "w") + field(2, field(1, 1) + field(2, "Int8") + field(3, b"1"))))
+    with pytest.raises(CorruptCheckpointError, match=r"bad\.ckpt .*an unknown record"):
+        scan(path)
+
+
 def test_unknown_fields_and_packed_dims_are_read(tmp_path):
     path = tmp_path / "w.ckpt"
     tensor = field(9, "new") + field(1, b"\2\3") + field(2, "Int8") + field(3, b"123456") + field(10, 5)

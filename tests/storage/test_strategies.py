@@ -17,7 +17,7 @@ from auto_trans.core.layout import Layout
 from auto_trans.core.strategy import Strategy, describe_difference, same_slices
 from auto_trans.errors import ConfigError, LayoutError, StrategyError, StrategyNotFoundError
 from auto_trans.storage import strategies
-from auto_trans.storage.strategies import merge_strategies, read_strategy
+from auto_trans.storage.strategies import merge_strategies, read_strategy, remerge_strategies
 
 LLAMA = oracle.DATA / "mf_llama"
 PIPELINE = LLAMA / "dp2mp2pp2" / "strategy"
@@ -206,6 +206,35 @@ def test_merged_file_of_any_name_beside_stage_files_is_ignored_and_alone_is_used
     assert read_strategy(folder).world_size == 8
 
 
+def test_one_file_for_the_whole_job_is_found_or_made(tmp_path):
+    scratch = tmp_path / "scratch.ckpt"
+    one = renamed(tmp_path / "one", LLAMA / "dp2mp2" / "strategy" / "ckpt_strategy_rank_0.ckpt")
+    assert strategies.single_file(one, scratch) == one / "strategy_0.ckpt"
+    assert strategies.single_file(FIRST, scratch) == FIRST
+    assert not scratch.exists()
+    assert strategies.single_file(renamed(tmp_path / "two", FIRST, SECOND), scratch) == scratch
+    assert read_strategy(scratch).world_size == 8
+    (tmp_path / "merged").mkdir()
+    merged = merge_strategies(PIPELINE, tmp_path / "merged" / "m.ckpt")
+    assert strategies.single_file(tmp_path / "merged", tmp_path / "none") == merged
+
+
+def test_merged_file_is_written_anew_only_from_the_files_of_several_stages(tmp_path):
+    two = renamed(tmp_path / "two", FIRST, SECOND)
+    (two / "merged_ckpt_strategy.ckpt").write_bytes(b"of an earlier job")
+    remerge_strategies(two)
+    assert read_strategy(two / "merged_ckpt_strategy.ckpt").world_size == 8
+    for file in two.glob("strategy_*"):
+        file.unlink()
+    before = (two / "merged_ckpt_strategy.ckpt").stat()
+    for path in (two, FIRST, None, "None"):
+        remerge_strategies(path)
+    assert (two / "merged_ckpt_strategy.ckpt").stat() == before
+    one = renamed(tmp_path / "one", FIRST)
+    remerge_strategies(one)
+    assert [file.name for file in one.iterdir()] == ["strategy_0.ckpt"]
+
+
 def test_two_merged_files_alone_must_say_the_same(tmp_path):
     merge_strategies(PIPELINE, tmp_path / "a.ckpt")
     merge_strategies(PIPELINE, tmp_path / "merged_ckpt_strategy.ckpt")
@@ -225,6 +254,13 @@ def test_two_files_that_describe_a_stage_differently_are_named(tmp_path):
     folder = renamed(tmp_path / "s", FIRST, LLAMA / "dp2mp2" / "strategy" / "ckpt_strategy_rank_0.ckpt", SECOND)
     with pytest.raises(StrategyError, match=r"strategy_0\.ckpt and .*strategy_1\.ckpt both describe stage 0"):
         read_strategy(folder)
+
+
+def test_two_files_of_a_rank_are_named(tmp_path):
+    for name in ("a_rank_0.ckpt", "b_rank_0.ckpt"):
+        shutil.copy(FIRST, tmp_path / name)
+    with pytest.raises(StrategyError, match=r"two strategy files of rank 0: a_rank_0\.ckpt, b_rank_0\.ckpt"):
+        read_strategy(tmp_path)
 
 
 def test_both_kinds_under_other_names_are_refused(tmp_path):
@@ -286,6 +322,11 @@ def test_gap_of_any_width_is_an_error(tmp_path):
         read_strategy(strategy_file(tmp_path / "s.ckpt", {"w": ([8], [[0]])}, stage=2**32 - 1))
 
 
+def test_number_that_is_no_stage_is_part_of_the_name(tmp_path):
+    name = "1" * 5000 + "-w"
+    assert list(read_strategy(strategy_file(tmp_path / "s.ckpt", {name: ([8], [[0]])})).layouts) == [name]
+
+
 def test_one_stage_that_looks_like_part_of_a_pipeline_is_warned_of(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     merge_strategies(renamed(tmp_path / "whole", FIRST, SECOND))
@@ -325,12 +366,16 @@ def test_merged_file_cannot_be_named_json(tmp_path):
 # strictness
 
 
+UNSLICED = field(1, dims([2])) + field(5, 0) + field(6, 0) + field(7, 0)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         (layout_item("w", [2], [[0]]) * 2, "parameter w for the second time"),
         (field(3, field(1, "w") + field(2, field(1, dims([2])))), "w without field, opt_weight_shard_step"),
         (field(3, field(2, b"")), "without"),
+        (field(3, field(1, "w") + field(2, UNSLICED) + field(2, UNSLICED)), "parameter w with two layouts"),
         (field(2, field(1, "n")) + layout_item("w", [2], [[0]]), "an operator without stage"),
         (layout_item("w", [2**32], [[0]]), "the number 4294967296"),
         (layout_item("w", [2], [[2**31]]), "the number 2147483648"),

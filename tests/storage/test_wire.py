@@ -59,9 +59,11 @@ def test_repeated_numbers_may_be_packed_or_not():
 
 
 def test_number_of_repeated_numbers_is_limited():
-    reader, _, wire_type = only_field(field(1, b"\0" * 65))
+    reader, _, wire_type = only_field(field(1, b"\0" * 1000))
+    found: list[int] = []
     with pytest.raises(WireError, match="more than 64 numbers"):
-        reader.extend([], wire_type, INT32)
+        reader.extend(found, wire_type, INT32)
+    assert len(found) == 65, "no more than needed is read"
     reader, _, wire_type = only_field(field(1, 0))
     with pytest.raises(WireError, match="more than 64 numbers"):
         reader.extend([0] * 64, wire_type, INT32)

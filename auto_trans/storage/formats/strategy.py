@@ -37,6 +37,8 @@ from auto_trans.storage.formats.wire import (
 __all__ = ["StagePart", "StrategyFile", "merge", "parse"]
 
 _STAGE_PREFIX = re.compile(r"([0-9]{1,9})-(.+)", re.DOTALL)
+# The repeated fields of ParallelLayouts.
+_REPEATED = {1: UINT32, 2: INT32, 3: INT64, 4: INT64}
 # An uneven slicing may list numbers for every device.
 _MOST_NUMBERS = 1 << 20
 
@@ -221,9 +223,6 @@ def _read_item(reader: WireReader, end: int) -> tuple[str, _Layouts]:
     if layouts is None or len(layouts.single) != 3:
         raise reader.error(f"parameter {name} without field, opt_weight_shard_step or opt_weight_shard_size")
     return name, layouts
-
-
-_REPEATED = {1: UINT32, 2: INT32, 3: INT64, 4: INT64}
 
 
 def _read_layouts(reader: WireReader, end: int) -> _Layouts:
