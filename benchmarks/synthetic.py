@@ -10,7 +10,7 @@ import numpy as np
 
 from auto_trans.core.plan import TensorPlan
 from auto_trans.storage.formats import FORMATS
-from auto_trans.storage.strategy_pb import ParallelStrategyMap
+from auto_trans.storage.formats.wire import bytes_field, number_field
 
 __all__ = ["Shapes", "llama_parameters", "with_moments", "write_checkpoint", "write_strategy"]
 
@@ -52,23 +52,24 @@ def write_strategy(
     folder.mkdir(parents=True, exist_ok=True)
     layers = 1 + max(_layer(name) for name in shapes)
     for stage in range(pp):
-        message = ParallelStrategyMap(current_stage=2)
-        message.parallel_strategy_item.add(node_name=f"MatMul_{stage}").parallel_strategys.stage = stage
+        operator = bytes_field(1, f"MatMul_{stage}".encode()) + bytes_field(2, number_field(1, stage))
+        content = number_field(1, 2) + bytes_field(2, operator)
         for name, shape in shapes.items():
             if _stage(name, layers, pp) != stage:
                 continue
-            layouts = message.parallel_layout_item.add(param_name=name).parallel_layouts
             sliced = _SLICED.get(name.split(".")[-2]) if mp > 1 else None
-            layouts.dev_matrix.add(dim=[dp, mp])
-            layouts.tensor_map.add(dim=[0 if dim == sliced else -1 for dim in range(len(shape))])
-            layouts.param_split_shape.add()
-            layouts.indices_offset.add()
-            layouts.field = 0
             sharded = optimizer_shard and len(shape) > 1
-            layouts.opt_weight_shard_size = 0 if not sharded else dp * mp if sliced is None else dp
-            layouts.opt_weight_shard_step = 0 if not sharded else 1 if sliced is None else mp
+            tensor_map = [0 if dim == sliced else -1 for dim in range(len(shape))]
+            layouts = [
+                bytes_field(1, b"".join(number_field(1, n) for n in (dp, mp))),
+                bytes_field(2, b"".join(number_field(1, n) for n in tensor_map)),
+                bytes_field(3, b"") + bytes_field(4, b"") + number_field(5, 0),
+                number_field(6, 0 if not sharded else 1 if sliced is None else mp),
+                number_field(7, 0 if not sharded else dp * mp if sliced is None else dp),
+            ]
+            content += bytes_field(3, bytes_field(1, name.encode()) + bytes_field(2, b"".join(layouts)))
         for rank in range(stage * dp * mp, (stage + 1) * dp * mp):
-            (folder / f"ckpt_strategy_rank_{rank}.ckpt").write_bytes(message.SerializeToString())
+            (folder / f"ckpt_strategy_rank_{rank}.ckpt").write_bytes(content)
     return folder
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from auto_trans.storage.strategy_pb import ParallelStrategyMap
+from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
 
 __all__ = ["sliced_dimension", "write_strategy_files"]
 

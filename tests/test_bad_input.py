@@ -153,7 +153,7 @@ def test_strategy_of_another_job_of_the_same_model(case, snapshot):
 
 
 def test_parameter_in_the_checkpoint_but_not_in_its_strategy(case, snapshot, tmp_path):
-    from auto_trans.storage.strategy_pb import ParallelStrategyMap
+    from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
 
     stripped = tmp_path / "stripped"
     stripped.mkdir()
@@ -172,7 +172,7 @@ def test_parameter_in_the_checkpoint_but_not_in_its_strategy(case, snapshot, tmp
 
 
 def test_shapes_that_do_not_divide(case, snapshot, tmp_path):
-    from storage.test_strategies import strategy_file
+    from strategy_files import strategy_file
 
     names = {name: ([3], [[0] + [-1] * (a.ndim - 1)]) for name, a in case.weights.full.items() if a.size > 1}
     target = strategy_file(tmp_path / "three_rank_0.ckpt", names)
@@ -180,7 +180,7 @@ def test_shapes_that_do_not_divide(case, snapshot, tmp_path):
 
 
 def test_uneven_layout(case, snapshot, tmp_path):
-    from storage.test_strategies import strategy_file
+    from strategy_files import strategy_file
 
     names = {name: ([2], [[-1] * a.ndim]) for name, a in case.weights.full.items() if a.size > 1}
     target = strategy_file(tmp_path / "u_rank_0.ckpt", names, field=4)

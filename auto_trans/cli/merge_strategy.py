@@ -28,15 +28,28 @@ def add_parser(subparsers: Any) -> None:
         description="Merges a folder's strategy files into one that MindSpore's own tools read, too.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="the folder of the ckpt_strategy_rank_N.ckpt files")
+    parser.add_argument(
+        "dir", metavar="DIR", type=Path, help="the folder of the strategy files, of every stage one or more"
+    )
     parser.add_argument(
         "out", metavar="OUT", type=Path, nargs="?", help="the file to write (default: DIR/merged_ckpt_strategy.ckpt)"
     )
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from auto_trans.storage.strategies import merge_strategies, read_strategy
+    from auto_trans.storage.strategies import merge_strategies, named_ranks, read_strategy
 
-    strategy = read_strategy(arguments.dir)
-    print(f"{merge_strategies(arguments.dir, arguments.out)}: {strategy.world_size} ranks in {strategy.stages} stages")
+    merged = merge_strategies(arguments.dir, arguments.out)
+    strategy = read_strategy(merged)
+    stages = f"{strategy.stages} stage{'s' * (strategy.stages > 1)}"
+    print(f"{merged}: {strategy.world_size} ranks in {stages}")
+    which = f"stages 0 to {strategy.stages - 1}" if strategy.stages > 1 else "stage 0"
+    print(f"{which}; the files do not tell whether there are more")
+    named = named_ranks(arguments.dir)
+    absent = [rank for rank in range(strategy.world_size) if rank not in named]
+    if named and absent:
+        print(
+            f"the files of {len(absent)} of {strategy.world_size} ranks are not there (rank {absent[0]} is the first): "
+            f"what the others say holds for them, but if other nodes have more files, gather those, too"
+        )
     return 0

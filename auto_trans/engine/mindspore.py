@@ -7,7 +7,6 @@ would silently do wrong is refused here too; then ``mindspore.transform_checkpoi
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Optional
@@ -16,7 +15,7 @@ from auto_trans.core.strategy import Strategy
 from auto_trans.engine.base import ConversionTask, Progress
 from auto_trans.errors import ConfigError
 from auto_trans.storage.manifest import FileRecord
-from auto_trans.storage.strategies import MERGED_NAME, merge_strategies
+from auto_trans.storage.strategies import single_file
 from auto_trans.storage.targets import rank_file
 
 __all__ = ["MindSporeEngine"]
@@ -90,12 +89,4 @@ def _strategy_file(strategy: Strategy, scratch: Path) -> Optional[str]:
     """One file that describes the whole job, as MindSpore's API wants it."""
     if strategy.is_complete:
         return None
-    path = Path(strategy.origin)
-    if path.is_file():
-        return str(path)
-    if any(child.name != MERGED_NAME for child in path.glob("*_rank_*")):
-        if strategy.stages == 1:
-            shutil.copyfile(next(iter(sorted(path.glob("*_rank_*")))), scratch)
-            return str(scratch)
-        return str(merge_strategies(path, scratch))
-    return str(next(iter(sorted(path.glob("*.ckpt")))))
+    return str(single_file(strategy.origin, scratch))

@@ -1,51 +1,50 @@
 """Strategy files: read what MindSpore saved, and merge the files of all pipeline stages.
 
 A strategy is given as a per-rank file (``ckpt_strategy_rank_N.ckpt`` or its ``.json`` form, which describes one pipeline
-stage), as a folder of them, or as a merged file, whose parameter names carry the stage as ``<stage>-``. What the files
-hide is restored here: which file belongs to which stage, and that all ranks of a stage agree.
+stage), as a folder of them, or as a merged file, whose parameter names carry the stage as ``<stage>-``. The files of a
+folder may have any names. What the files hide is restored here: which file belongs to which stage, and that all ranks of a
+stage agree. How many stages the job has is told by no file: a gap is noticed, a last stage that is missing is not.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Union
-
-import xxhash
+from typing import NamedTuple, Union
 
 from auto_trans.core.layout import Layout
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import LayoutError, StrategyError, StrategyNotFoundError
+from auto_trans.errors import ConfigError, StrategyError, StrategyNotFoundError
+from auto_trans.log import logger
 from auto_trans.storage.files import new_file
-from auto_trans.storage.strategy_pb import DecodeError, ParallelStrategyMap
+from auto_trans.storage.formats.strategy import StagePart, StrategyFile, merge, parse
 
-__all__ = ["MERGED_NAME", "merge_strategies", "read_strategy", "remerge_strategies"]
+__all__ = ["MERGED_NAME", "merge_strategies", "named_ranks", "read_strategy", "remerge_strategies", "single_file"]
 
 MERGED_NAME = "merged_ckpt_strategy.ckpt"
 
 PathLike = Union[str, "os.PathLike[str]"]
 
-_RANK_FILE = re.compile(r"^(?!merged).*_rank_(\d+)\.(?:ckpt|json)$")
-_STAGE_PREFIX = re.compile(r"^(\d+)-(.+)$")
+_RANK_FILE = re.compile(r"(?!merged).*_rank_([0-9]+)\.(?:ckpt|json)", re.DOTALL)
+# The strategy of 100,000 parameters takes 10 MB; whatever is larger is a checkpoint, and not read.
+_MOST_BYTES = 1 << 28
 
 
-class _StageFile(NamedTuple):
-    """One stage's part of a strategy: parameter name -> layout, or why it is refused."""
+class _Found(NamedTuple):
+    """A strategy file that was read."""
 
-    stage: int
-    layouts: dict[str, Layout]
-    refused: dict[str, str]
+    file: Path
+    content: StrategyFile
 
 
 def read_strategy(path: PathLike) -> Strategy:
     """Reads a strategy file, a merged strategy file or a folder of strategy files.
 
     Args:
-        path: A ``.ckpt`` or ``.json`` strategy file, or a folder that holds a job's per-rank files. A folder's per-rank
-            files win over a merged file beside them, which may be stale.
+        path: A ``.ckpt`` or ``.json`` strategy file, or a folder that holds those of a job, whatever their names. A
+            folder's per-stage files win over a merged file beside them, which may be stale.
 
     Returns:
         The strategy of the whole job.
@@ -56,248 +55,229 @@ def read_strategy(path: PathLike) -> Strategy:
     """
     path = Path(path)
     if path.is_dir():
-        stages, digest = _read_folder(path)
-    elif path.is_file():
-        stages, digest = _read_file(path)
-    else:
-        raise StrategyNotFoundError(f"strategy {path} is not found; set it to a strategy file or folder that exists")
-    return _assemble(stages, str(path), digest)
+        by_stage, merged = _read_folder(path)
+        return _assemble(by_stage.values() or merged[:1], path)
+    if path.is_file():
+        return _assemble(_read_files([path]), path)
+    raise StrategyNotFoundError(f"strategy {path} is not found; set it to a strategy file or folder that exists")
 
 
 def merge_strategies(folder: PathLike, output: PathLike | None = None) -> Path:
     """Merges a folder's per-stage strategy files into one file that MindSpore's own tools read, too.
 
+    A warning is logged if the folder holds one stage which looks like that of a pipeline job.
+
     Args:
-        folder: Holds ``*_rank_N.ckpt`` files of all stages (or their ``.json`` form).
+        folder: Holds the ``.ckpt`` files of all stages (or their ``.json`` form), one or several of each.
         output: Where to write; ``merged_ckpt_strategy.ckpt`` in the folder by default. An earlier file is replaced only
             once the new one is complete.
 
     Raises:
+        ConfigError: ``output`` ends in ``.json``, which MindSpore would not read as what is written.
         StrategyNotFoundError: The folder holds no strategy files.
         StrategyError: The files do not make up one job.
         OutputError: The merged file cannot be written.
     """
     folder = Path(folder)
-    if not folder.is_dir() or not _rank_files(folder):
-        raise StrategyNotFoundError(f"{folder} holds no *_rank_N.ckpt (or .json) strategy files to merge")
-    read_strategy(folder)
-    merged, seen = ParallelStrategyMap(current_stage=1), set()
-    for file in _rank_files(folder).values():
-        message = _message(file, _read_bytes(file))
-        stage = _stage_of_items(message, file)
-        if stage in seen:
-            continue
-        seen.add(stage)
-        for item in message.parallel_layout_item:
-            item.param_name = f"{stage}-{item.param_name}"
-        merged.parallel_strategy_item.extend(message.parallel_strategy_item)
-        merged.parallel_layout_item.extend(message.parallel_layout_item)
     output = Path(output) if output else folder / MERGED_NAME
-    with new_file(output) as out:
-        out.write(merged.SerializeToString())
+    if output.suffix == ".json":
+        raise ConfigError(f"merged strategy {output} is written as protobuf: give it a name that ends in .ckpt")
+    if not folder.is_dir():
+        raise StrategyNotFoundError(f"{folder} is no folder; set it to the folder of the strategy files to merge")
+    by_stage, _ = _read_folder(folder)
+    if not by_stage:
+        raise StrategyNotFoundError(f"{folder} holds no per-stage strategy files (*_rank_N.ckpt or .json) to merge")
+    _write_merged(by_stage, folder, output)
     return output
 
 
 def remerge_strategies(path: PathLike | None) -> None:
     """Writes the merged file of a strategy folder anew, as MindFormers' scripts do; an old one stays if that fails.
 
-    Nothing is done for what is no folder, or where pipeline parallelism is not used.
+    Nothing is done for what is no folder, where pipeline parallelism is not used, or where the merged file is alone.
     """
-    if path and path != "None" and Path(path).is_dir() and read_strategy(path).stages > 1:
-        merge_strategies(path)
+    if path and path != "None" and Path(path).is_dir():
+        by_stage, _ = _read_folder(Path(path))
+        if len(by_stage) > 1:
+            _write_merged(by_stage, Path(path), Path(path) / MERGED_NAME)
 
 
-def _rank_files(folder: Path) -> dict[int, Path]:
-    """The per-rank files of a folder by rank, in ascending order."""
-    found = [(int(m.group(1)), f) for f in sorted(folder.iterdir()) if (m := _RANK_FILE.match(f.name))]
-    if len({f.suffix for _, f in found}) > 1:
-        raise StrategyError(f"{folder} holds strategy files of both kinds, .ckpt and .json; keep one kind")
-    by_rank: dict[int, Path] = {}
-    for rank, file in sorted(found):
-        if rank in by_rank:
-            raise StrategyError(f"{folder} holds two strategy files of rank {rank}: {by_rank[rank].name}, {file.name}")
-        by_rank[rank] = file
-    return by_rank
+def single_file(path: PathLike, scratch: Path) -> Path:
+    """One file that describes the whole job, as MindSpore's API wants it; merged into ``scratch`` if there is none.
+
+    Raises:
+        StrategyError: As `read_strategy`.
+        OutputError: The merged file cannot be written.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    by_stage, merged = _read_folder(path)
+    if len(by_stage) > 1:
+        _write_merged(by_stage, path, scratch)
+        return scratch
+    return (*by_stage.values(), *merged)[0].file
 
 
-def _read_folder(folder: Path) -> tuple[list[_StageFile], str]:
-    files = _rank_files(folder)
-    if not files:
-        if (folder / MERGED_NAME).is_file():
-            return _read_file(folder / MERGED_NAME)
-        others = [f for f in sorted(folder.iterdir()) if f.suffix in (".ckpt", ".json")]
-        if len(others) == 1:
-            return _read_file(others[0])
+def named_ranks(folder: PathLike) -> frozenset[int]:
+    """The ranks that the names of a folder's strategy files carry."""
+    return frozenset(rank for file in _strategy_files(Path(folder)) if (rank := _rank_of(file)) is not None)
+
+
+def _write_merged(by_stage: Mapping[int, _Found], folder: Path, output: Path) -> None:
+    strategy = _assemble(by_stage.values(), folder)
+    if strategy.stages == 1 and any(name.startswith("accu_grads.") for name in (*strategy.layouts, *strategy.refused)):
+        logger.warning(
+            "%s holds one pipeline stage, but lists accu_grads.*, as the stages of a pipeline job do (or gradient "
+            "accumulation): if the job has more stages, gather the strategy files of all nodes in this folder and merge "
+            "them again",
+            folder,
+        )
+    with new_file(output) as out:
+        for piece in merge((stage, by_stage[stage].content) for stage in sorted(by_stage)):
+            out.write(piece)
+
+
+def _strategy_files(folder: Path) -> list[Path]:
+    """What may be the strategy files of a folder, those of ranks first, in ascending order."""
+    try:
+        found = [f for f in folder.iterdir() if f.suffix in (".ckpt", ".json") and not f.name.startswith(".")]
+    except OSError as e:
+        raise StrategyError(f"strategy folder {folder} cannot be read: {e}") from e
+    ranks = {file: _rank_of(file) for file in found}
+    files = sorted(found, key=lambda file: (ranks[file] is None, ranks[file] or 0, file.name))
+    _check_one_kind(folder, [file for file in files if ranks[file] is not None])
+    for a, b in zip(files, files[1:]):
+        if ranks[b] is not None and ranks[a] == ranks[b]:
+            raise StrategyError(f"{folder} holds two strategy files of rank {ranks[b]}: {a.name}, {b.name}")
+    return files
+
+
+def _check_one_kind(folder: Path, files: list[Path]) -> None:
+    other = next((file for file in files if file.suffix != files[0].suffix), None)
+    if other is not None:
+        raise StrategyError(
+            f"{folder} holds strategy files of both kinds, .ckpt and .json, e.g. {files[0].name} and {other.name}; keep "
+            f"one kind"
+        )
+
+
+def _rank_of(file: Path) -> int | None:
+    match = _RANK_FILE.fullmatch(file.name)
+    return int(match[1]) if match else None
+
+
+def _read_folder(folder: Path) -> tuple[dict[int, _Found], list[_Found]]:
+    """The first file of every stage, and merged files only where there is no such file."""
+    files = _strategy_files(folder)
+    usual = [file for file in files if file.stem == Path(MERGED_NAME).stem]
+    by_stage: dict[int, _Found] = {}
+    merged = []
+    staged = []
+    for found in _read_files(file for file in files if file not in usual):
+        if found.content.is_merged:
+            if _rank_of(found.file) is not None:
+                raise StrategyError(
+                    f"{found.file} is a merged strategy file under a per-rank name; rename or remove it"
+                )
+            merged.append(found)
+        else:
+            _add_stage(by_stage, found)
+            staged.append(found.file)
+    _check_one_kind(folder, staged)
+    if by_stage:
+        return by_stage, []
+    merged += _read_files(usual)
+    if not merged:
         raise StrategyNotFoundError(
-            f"strategy folder {folder} holds no *_rank_N.ckpt (or .json) file; set it to output/strategy of the job "
+            f"strategy folder {folder} holds no strategy file (*.ckpt or *.json); set it to output/strategy of the job "
             f"that saved the weights"
         )
-    # All ranks of a stage write the same bytes, so a large job has few distinct files to parse.
-    by_digest: dict[str, _StageFile] = {}
-    by_stage: dict[int, tuple[_StageFile, Path]] = {}
-    for rank, file in files.items():
-        content = _read_bytes(file)
-        digest = xxhash.xxh3_128_hexdigest(content)
-        if digest not in by_digest:
-            stages = _parse(file, content)
-            if len(stages) > 1:
-                raise StrategyError(f"{file} is a merged strategy file under a per-rank name; rename or remove it")
-            by_digest[digest] = stages[0]
-        part = by_digest[digest]
-        first, first_file = by_stage.setdefault(part.stage, (part, file))
-        if first != part:
-            raise StrategyError(
-                f"{first_file} and {file} both describe stage {part.stage} but differ: they are of different jobs; "
-                f"gather the strategy files of one job"
-            )
-        devices = _devices(part, file)
-        if rank // devices != part.stage:
-            raise StrategyError(
-                f"{file} describes stage {part.stage} of {devices} ranks, to which rank {rank} does not belong: the "
-                f"folder mixes files of different jobs"
-            )
-    digests = xxhash.xxh3_128_hexdigest("".join(sorted(by_digest)).encode())
-    return [by_stage[stage][0] for stage in sorted(by_stage)], digests
+    other = next((found for found in merged if found.content.parts != merged[0].content.parts), None)
+    if other is not None:
+        raise StrategyError(
+            f"{merged[0].file} and {other.file} are merged strategy files of different jobs; remove one of them"
+        )
+    return {}, merged
 
 
-def _read_file(file: Path) -> tuple[list[_StageFile], str]:
-    content = _read_bytes(file)
-    return _parse(file, content), xxhash.xxh3_128_hexdigest(content)
+def _add_stage(by_stage: dict[int, _Found], found: _Found) -> None:
+    (part,) = found.content.parts
+    first = by_stage.setdefault(part.stage, found)
+    if first.content is not found.content and first.content.parts != found.content.parts:
+        raise StrategyError(
+            f"{first.file} and {found.file} both describe stage {part.stage} but differ: they are of different jobs; "
+            f"gather the strategy files of one job"
+        )
+    rank, devices = _rank_of(found.file), _devices(part, found.file)
+    if rank is not None and rank // devices != part.stage:
+        raise StrategyError(
+            f"{found.file} describes stage {part.stage} of {devices} ranks, to which rank {rank} does not belong: the "
+            f"folder mixes files of different jobs"
+        )
+
+
+def _read_files(files: Iterable[Path]) -> list[_Found]:
+    """Reads every file once, and parses equal ones once: all ranks of a stage write the same bytes."""
+    known: dict[tuple[str, bytes], StrategyFile] = {}
+    found = []
+    for file in files:
+        key = file.suffix, _read_bytes(file)
+        if key not in known:
+            known[key] = parse(file, key[1])
+        found.append(_Found(file, known[key]))
+    return found
 
 
 def _read_bytes(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        with open(file, "rb") as f:
+            if os.fstat(f.fileno()).st_size <= _MOST_BYTES:
+                return f.read()
     except OSError as e:
         raise StrategyError(f"strategy file {file} cannot be read: {e}") from e
+    raise StrategyError(f"{file} is larger than any strategy file: it is a checkpoint; set the strategy files instead")
 
 
-def _parse(file: Path, content: bytes) -> list[_StageFile]:
-    """What a strategy file tells, by stage."""
-    message = _message(file, content)
-    layouts: dict[int, _StageFile] = {}
-    merged = bool(message.parallel_layout_item) and all(
-        _STAGE_PREFIX.match(item.param_name) for item in message.parallel_layout_item
-    )
-    own_stage = 0 if merged else _stage_of_items(message, file)
-    for item in message.parallel_layout_item:
-        stage, name = own_stage, item.param_name
-        if merged:
-            prefix, name = _STAGE_PREFIX.match(name).groups()  # type: ignore[union-attr]
-            stage = int(prefix)
-        part = layouts.setdefault(stage, _StageFile(stage, {}, {}))
-        try:
-            part.layouts[name] = _layout(item.parallel_layouts)
-        except LayoutError as e:
-            part.refused[name] = str(e)
-    if not layouts:
-        raise StrategyError(
-            f"{file} holds no parameter layouts: it is no strategy file (is it a checkpoint?), or the job that wrote it "
-            f"was not parallel"
-        )
-    return [layouts[stage] for stage in sorted(layouts)]
-
-
-def _assemble(stages: list[_StageFile], origin: str, digest: str) -> Strategy:
-    numbers = [part.stage for part in stages]
-    if numbers != list(range(len(numbers))):
-        raise StrategyError(
-            f"strategy {origin} describes pipeline stage {', '.join(map(str, numbers))} only; give the folder with the "
-            f"strategy files of all stages, or the merged file"
-        )
-    devices = {_devices(part, origin) for part in stages}
+def _assemble(files: Iterable[_Found], origin: Path) -> Strategy:
+    """The strategy that files make up, which describe different stages."""
+    parts = sorted((part for found in files for part in found.content.parts), key=lambda part: part.stage)
+    devices = {_devices(part, origin) for part in parts}
     if len(devices) > 1:
         raise StrategyError(f"strategy {origin}: its stages have different numbers of ranks: {sorted(devices)}")
+    (stage_devices,) = devices
+    _check_no_gap([part.stage for part in parts], stage_devices, origin)
     layouts: dict[str, dict[int, Layout]] = {}
     refused: dict[str, str] = {}
-    for part in stages:
+    for part in parts:
         refused.update(part.refused)
         for name, layout in part.layouts.items():
             layouts.setdefault(name, {})[part.stage] = layout
-    return Strategy(len(stages), devices.pop(), layouts, refused, origin, digest)
+    return Strategy(len(parts), stage_devices, layouts, refused, str(origin))
 
 
-def _devices(part: _StageFile, origin: Any) -> int:
+def _check_no_gap(stages: list[int], devices: int, origin: Path) -> None:
+    gaps = [(a + 1, b - 1) for a, b in zip([-1, *stages], stages) if b - a > 1]
+    if gaps:
+        missing = [
+            f"{_span('stage', a, b)} ({_span('rank', a * devices, (b + 1) * devices - 1)})" for a, b in gaps
+        ]  # fmt: skip
+        raise StrategyError(
+            f"strategy {origin} describes pipeline stage {', '.join(map(str, stages))} only; give the folder with the "
+            f"strategy files of all stages, or the merged file: missing are {', '.join(missing)}"
+        )
+
+
+def _span(what: str, first: int, last: int) -> str:
+    return f"{what} {first}" if first == last else f"{what}s {first} to {last}"
+
+
+def _devices(part: StagePart, origin: Path) -> int:
     """Number of ranks of a stage; every layout must agree on it (their dev_matrix may differ)."""
     found = {layout.devices: name for name, layout in part.layouts.items()}
     if not found:
-        raise StrategyError(f"{origin}: stage {part.stage}: {next(iter(part.refused.values()))}")
+        name, reason = next(iter(part.refused.items()))
+        raise StrategyError(f"{origin}: stage {part.stage}: parameter {name}: {reason}")
     if len(found) > 1:
         raise StrategyError(f"{origin}: stage {part.stage}: parameters disagree on the number of ranks: {found}")
     return next(iter(found))
-
-
-def _layout(item: Any) -> Layout:
-    """The layout of a ``ParallelLayouts`` message.
-
-    A single ``tensor_map`` entry holds one axis per tensor dimension. Several entries are those of a mindspore Layout,
-    one per dimension; one without numbers does not count as a dimension for certain, as MindSpore adds one to
-    one-dimensional parameters.
-    """
-    if item.field or any(s.dim for s in item.param_split_shape) or any(o.dim for o in item.indices_offset):
-        raise LayoutError(
-            "it is sliced unevenly (param_split_shape, indices_offset or field is set), which is not supported; save the "
-            "weights with an even slicing of this parameter"
-        )
-    if len(item.dev_matrix) != 1:
-        raise LayoutError(f"it has {len(item.dev_matrix)} device matrices instead of one")
-    entries = [tuple(entry.dim) for entry in item.tensor_map]
-    extra = 0
-    if len(entries) == 1:
-        tensor_map = [() if axis == -1 else (axis,) for axis in entries[0]]
-    else:
-        tensor_map = [tuple(axis for axis in entry if axis != -1) for entry in entries]
-        while extra < len(entries) and not entries[-1 - extra]:
-            extra += 1
-    return Layout(
-        tuple(item.dev_matrix[0].dim),
-        tuple(tensor_map),
-        item.opt_weight_shard_size,
-        item.opt_weight_shard_step,
-        tuple(range(len(tensor_map) - extra, len(tensor_map) + 1)),
-    )
-
-
-def _stage_of_items(message: Any, file: Path) -> int:
-    stages = {item.parallel_strategys.stage for item in message.parallel_strategy_item}
-    if len(stages) > 1:
-        raise StrategyError(f"{file} names several stages, {sorted(stages)}, but its parameters carry no stage prefix")
-    return stages.pop() if stages else 0
-
-
-def _message(file: Path, content: bytes) -> Any:
-    try:
-        if file.suffix == ".json":
-            return _from_json(json.loads(content))
-        message = ParallelStrategyMap()
-        message.ParseFromString(content)
-        return message
-    except (DecodeError, ValueError, TypeError, KeyError, AttributeError) as e:
-        raise StrategyError(f"{file} is not a strategy file that MindSpore wrote ({type(e).__name__}: {e})") from e
-
-
-def _from_json(content: Any) -> Any:
-    """The protobuf message of a strategy in MindSpore's JSON form."""
-    message = ParallelStrategyMap(current_stage=int(content.get("current_stage", 0)))
-    for node, item in (content.get("parallel_strategy_item") or {}).items():
-        added = message.parallel_strategy_item.add(node_name=node)
-        added.parallel_strategys.stage = int(item.get("stage", 0))
-        for strategy in item.get("parallel_strategy") or ():
-            added.parallel_strategys.parallel_strategy.add(dim=_numbers(strategy))
-    for name, item in (content.get("parallel_layout_item") or {}).items():
-        layouts = message.parallel_layout_item.add(param_name=name).parallel_layouts
-        for key in ("dev_matrix", "tensor_map", "param_split_shape", "indices_offset"):
-            value = item.get(key) or []
-            nested = bool(value) and all(isinstance(entry, (list, tuple)) for entry in value)
-            for entry in value if nested else [value]:
-                getattr(layouts, key).add(dim=_numbers(entry))
-        layouts.field = int(item.get("field") or 0)
-        layouts.opt_weight_shard_step = int(item.get("opt_weight_shard_step") or 0)
-        layouts.opt_weight_shard_size = int(item.get("opt_weight_shard_size") or 0)
-    return message
-
-
-def _numbers(value: Any) -> Iterable[int]:
-    if isinstance(value, Mapping):  # {"dim": [...]}, protobuf's own JSON form
-        value = value.get("dim", [])
-    return [int(n) for n in value]

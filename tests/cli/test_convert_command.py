@@ -61,7 +61,7 @@ def test_dead_worker_fails_the_whole_and_the_rest_is_resumed(auto_trans, bin_fol
     from test_convert import large_source
 
     large_source(tmp_path, mib=1200)
-    from storage.test_strategies import strategy_file
+    from strategy_files import strategy_file
 
     strategy_file(tmp_path / "s_rank_0.ckpt", {f"w{i}": ([8], [[0, -1]]) for i in range(8)})
     arguments = [
@@ -161,7 +161,7 @@ def test_step(auto_trans, tmp_path):
         for step in ("1_9", "1_10"):
             raws = {"w": oracle.raw(np.full(2, int(step[2:]), np.int32))}
             oracle.write_raw(tmp_path / "src" / f"rank_{rank}" / f"n_rank_{rank}-{step}.ckpt", raws)
-    from storage.test_strategies import strategy_file
+    from strategy_files import strategy_file
 
     strategy_file(tmp_path / "s_rank_0.ckpt", {"w": ([2], [[0]])})
     for arguments, value in (((), 10), (("--step", "1_9"), 9)):
@@ -235,7 +235,7 @@ def test_help_has_examples(auto_trans, command):
 
 
 def test_interrupt_leaves_what_can_be_resumed(auto_trans, bin_folder, tmp_path):
-    from storage.test_strategies import strategy_file
+    from strategy_files import strategy_file
     from test_convert import large_source
 
     large_source(tmp_path, mib=1200)

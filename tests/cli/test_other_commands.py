@@ -154,10 +154,17 @@ def test_merge_strategy_of_two_nodes(auto_trans, tmp_path):
     for rank in range(4):
         shutil.copy(source / f"ckpt_strategy_rank_{rank}.ckpt", tmp_path / "all")
     assert read_strategy(tmp_path / "all").world_size == 4
+    done = auto_trans("merge-strategy", "all", "half/m.ckpt")
+    assert "stage 0; the files do not tell whether there are more" in done.stdout
+    assert "lists accu_grads" in done.stderr and "gather the strategy files of all nodes" in done.stderr
     for rank in range(4, 8):
         shutil.copy(source / f"ckpt_strategy_rank_{rank}.ckpt", tmp_path / "all")
     out = auto_trans("merge-strategy", "all", "merged.ckpt").stdout
     assert "merged.ckpt: 8 ranks in 2 stages" in out
+    assert "stages 0 to 1; the files do not tell whether there are more" in out and "not there" not in out
+    (tmp_path / "all" / "ckpt_strategy_rank_6.ckpt").unlink()
+    out = auto_trans("merge-strategy", "all", "merged.ckpt").stdout
+    assert "the files of 1 of 8 ranks are not there (rank 6 is the first)" in out
     assert read_strategy(tmp_path / "merged.ckpt").layouts == read_strategy(source).layouts
     assert "holds no" in auto_trans("merge-strategy", tmp_path, code=1).stderr
 

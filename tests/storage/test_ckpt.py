@@ -7,14 +7,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from mindspore.train import serialization
+from strategy_files import field
 
 import auto_trans.storage.formats.ckpt as ckpt
 from auto_trans import convert
 from auto_trans.core.plan import TensorPlan
-from auto_trans.errors import CorruptCheckpointError, EncryptedCheckpointError, UnsupportedCheckpointError
+from auto_trans.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    EncryptedCheckpointError,
+    UnsupportedCheckpointError,
+)
 from auto_trans.storage.formats import FORMATS, encoded_size
 from auto_trans.storage.formats.ckpt import encode, scan
-from auto_trans.storage.formats.index import content_digest
+from auto_trans.storage.formats.head import content_digest
 
 RNG = np.random.default_rng(3)
 DTYPES = [
@@ -187,3 +193,49 @@ def test_content_digest_tells_tensors_apart(tmp_path):
     raws = {"a": oracle.raw(np.arange(9)), "b": oracle.raw(np.arange(9)), "c": oracle.raw(np.arange(9) + 1)}
     index = scan(oracle.write_raw(tmp_path / "x.ckpt", raws))
     assert content_digest(index, "a") == content_digest(index, "b") != content_digest(index, "c")
+
+
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        (field(1, -1) + field(2, "str"), "the number"),
+        (field(1, b"\1" * 65) + field(2, "str"), "more than 64 numbers"),
+        (field(1, 1) + field(2, 7), "wire type 0 instead of 2"),
+        (field(1, 1) + field(2, b"x" * 70_000), "a text of 70000 bytes"),
+        (field(1, 1) + field(2, "str") + field(3, 7), "wire type 0 instead of 2"),
+    ],
+)
+def test_malformed_tensors_are_refused(tmp_path, tensor, message):
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(field(1, field(1, "w") + field(2, tensor)))
+    with pytest.raises(CorruptCheckpointError, match=rf"bad\.ckpt.*{message}"):
+        scan(path)
+
+
+def test_unknown_record_is_refused(tmp_path):
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(field(2, field(1, "w") + field(2, field(1, 1) + field(2, "Int8") + field(3, b"1"))))
+    with pytest.raises(CorruptCheckpointError, match=r"bad\.ckpt .*an unknown record"):
+        scan(path)
+
+
+def test_unknown_fields_and_packed_dims_are_read(tmp_path):
+    path = tmp_path / "w.ckpt"
+    tensor = field(9, "new") + field(1, b"\2\3") + field(2, "Int8") + field(3, b"123456") + field(10, 5)
+    path.write_bytes(field(1, field(12, 7) + field(1, "w") + field(2, tensor)))
+    assert scan(path).tensors["w"].dims == (2, 3)
+
+
+def test_file_that_becomes_shorter_while_it_is_scanned(saved, monkeypatch):
+    monkeypatch.setattr(ckpt.os, "pread", lambda fd, n, at, pread=ckpt.os.pread: b"" if at > 500 else pread(fd, n, at))
+    with pytest.raises(CorruptCheckpointError, match=r"all\.ckpt .*unexpected end"):
+        scan(saved)
+
+
+def test_disk_that_fails_is_told(saved, monkeypatch):
+    def fail(*arguments):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(ckpt.os, "pread", fail)
+    with pytest.raises(CheckpointError, match=r"all\.ckpt cannot be read.*Input/output error"):
+        scan(saved)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from storage.test_strategies import strategy_file
+from strategy_files import strategy_file
 
 import auto_trans
 

@@ -27,6 +27,7 @@ from auto_trans.errors import (
     UnsupportedCheckpointError,
 )
 from auto_trans.storage.formats.head import FileHead, Record, StoredTensor, T
+from auto_trans.storage.formats.wire import WireError, WireReader, bytes_field, bytes_head, number_field
 
 __all__ = ["CHUNK_BYTES", "compute_crc", "encode", "scan"]
 
@@ -36,7 +37,7 @@ _READ_BYTES = 4 * 1024 * 1024
 _CRC_MARK, _CRC_BYTES = b"crc_num", 17
 # First bytes of an encrypted block: AES-GCM, AES-CBC, SM4-CBC.
 _ENCRYPTED = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_DIM = (0, 2**63 - 1)
 
 
 def scan(path: Path) -> FileHead:
@@ -50,18 +51,17 @@ def scan(path: Path) -> FileHead:
     """
     try:
         fd = os.open(path, os.O_RDONLY)
+        try:
+            return _scan(fd, path)
+        finally:
+            os.close(fd)
     except OSError as e:
         raise CheckpointError(f"checkpoint {path} cannot be read: {e}") from e
-    try:
-        stat = os.fstat(fd)
-        if os.pread(fd, 4, 0) in _ENCRYPTED:
-            raise EncryptedCheckpointError(f"{path} is encrypted; decrypt it first (load and save it with dec_key)")
-        tail = os.pread(fd, _CRC_BYTES, max(0, stat.st_size - _CRC_BYTES))
-        crc = int.from_bytes(tail[-10:], "big") if tail.startswith(_CRC_MARK) and len(tail) == _CRC_BYTES else None
-        end = stat.st_size - (_CRC_BYTES if crc is not None else 0)
-        return FileHead(path, _scan_values(_Cursor(fd, path, end), path), stat.st_size, stat.st_mtime_ns, crc)
-    finally:
-        os.close(fd)
+    except WireError as e:
+        raise CorruptCheckpointError(
+            f"{path} is not a complete MindSpore checkpoint: {e}; it is truncated, damaged or of another format; copy or "
+            f"save it again"
+        ) from e
 
 
 def compute_crc(index: FileHead) -> int:
@@ -74,74 +74,24 @@ def compute_crc(index: FileHead) -> int:
     return crc
 
 
-class _Cursor:
-    """Reads protobuf primitives at a position of a file, through a small window."""
-
-    _WINDOW = 1024
-
-    def __init__(self, fd: int, path: Path, end: int) -> None:
-        self._fd, self._path, self.end = fd, path, end
-        self.position = 0
-        self._window, self._start = b"", 0
-
-    def corrupt(self, what: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(
-            f"{self._path} is not a complete MindSpore checkpoint: {what} at byte {self.position} of {self.end}; it is "
-            f"truncated, damaged or of another format; copy or save it again"
-        )
-
-    def varint(self) -> int:
-        value = shift = 0
-        while True:
-            byte = self._take(1)[0]
-            value |= (byte & 0x7F) << shift
-            if byte < 0x80:
-                return value
-            shift += 7
-            if shift > 63:
-                raise self.corrupt("invalid number")
-
-    def text(self, length: int) -> str:
-        try:
-            return self._take(length).decode()
-        except UnicodeDecodeError:
-            raise self.corrupt("invalid text") from None
-
-    def extent(self, limit: int) -> int:
-        """Reads a length and returns where what it measures ends."""
-        end = self.varint() + self.position
-        if end > limit:
-            raise self.corrupt(f"a record that ends at byte {end}")
-        return end
-
-    def skip(self, wire_type: int, limit: int) -> None:
-        if wire_type == _VARINT:
-            self.varint()
-        elif wire_type == _BYTES:
-            self.position = self.extent(limit)
-        elif wire_type in (_FIXED32, _FIXED64):
-            self._take(4 if wire_type == _FIXED32 else 8)
-        else:
-            raise self.corrupt("invalid field")
-
-    def _take(self, length: int) -> bytes:
-        if self.position + length > self.end:
-            raise self.corrupt("unexpected end")
-        begin = self.position - self._start
-        if begin < 0 or begin + length > len(self._window):
-            self._window = os.pread(self._fd, max(length, self._WINDOW), self.position)
-            self._start, begin = self.position, 0
-        self.position += length
-        return self._window[begin : begin + length]
+def _scan(fd: int, path: Path) -> FileHead:
+    stat = os.fstat(fd)
+    if os.pread(fd, 4, 0) in _ENCRYPTED:
+        raise EncryptedCheckpointError(f"{path} is encrypted; decrypt it first (load and save it with dec_key)")
+    tail = os.pread(fd, _CRC_BYTES, max(0, stat.st_size - _CRC_BYTES))
+    crc = int.from_bytes(tail[-10:], "big") if tail.startswith(_CRC_MARK) and len(tail) == _CRC_BYTES else None
+    end = stat.st_size - (_CRC_BYTES if crc is not None else 0)
+    reader = WireReader(lambda position, length: os.pread(fd, length, position), end)
+    return FileHead(path, _scan_values(reader, path), stat.st_size, stat.st_mtime_ns, crc)
 
 
-def _scan_values(cursor: _Cursor, path: Path) -> dict[str, StoredTensor]:
+def _scan_values(reader: WireReader, path: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     last = None
-    while cursor.position < cursor.end:
-        if cursor.varint() != (1 << 3 | _BYTES):
-            raise cursor.corrupt("an unknown record")
-        name, tensor = _scan_value(cursor, cursor.extent(cursor.end), path)
+    for field, wire_type in reader.fields(reader.end):
+        if field != 1:
+            raise reader.error("an unknown record")
+        name, tensor = _scan_value(reader, reader.extent(wire_type), path)
         if name in tensors:
             before = tensors[name]
             if name != last or (before.dtype, before.dims) != (tensor.dtype, tensor.dims):
@@ -161,47 +111,39 @@ def _scan_values(cursor: _Cursor, path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _scan_value(cursor: _Cursor, end: int, path: Path) -> tuple[str, StoredTensor]:
+def _scan_value(reader: WireReader, end: int, path: Path) -> tuple[str, StoredTensor]:
     name, tensor, is_map = "", None, False
-    while cursor.position < end:
-        field, wire_type = divmod(cursor.varint(), 8)
-        if (field, wire_type) == (1, _BYTES):
-            stop = cursor.extent(end)
-            name = cursor.text(stop - cursor.position)
-        elif (field, wire_type) == (2, _BYTES):
-            tensor = _scan_tensor(cursor, cursor.extent(end))
+    for field, wire_type in reader.fields(end):
+        if field == 1:
+            name = reader.text(wire_type)
+        elif field == 2:
+            tensor = _scan_tensor(reader, reader.extent(wire_type))
         else:
             is_map |= field == 3
-            cursor.skip(wire_type, end)
+            reader.skip(wire_type)
     if is_map and (tensor is None or not tensor.dtype):
         raise UnsupportedCheckpointError(
             f"{path}: parameter {name} is a MapParameter (a hash table), which cannot be sliced; remove it first"
         )
     if not name or tensor is None or not tensor.dtype:
-        raise cursor.corrupt("a parameter without name or type")
+        raise reader.error("a parameter without name or type")
     return name, tensor
 
 
-def _scan_tensor(cursor: _Cursor, end: int) -> StoredTensor:
+def _scan_tensor(reader: WireReader, end: int) -> StoredTensor:
     dims: list[int] = []
-    dtype, segment = "", (cursor.position, 0)
-    while cursor.position < end:
-        field, wire_type = divmod(cursor.varint(), 8)
-        if (field, wire_type) == (1, _VARINT):
-            dims.append(cursor.varint())
-        elif (field, wire_type) == (1, _BYTES):
-            stop = cursor.extent(end)
-            while cursor.position < stop:
-                dims.append(cursor.varint())
-        elif (field, wire_type) == (2, _BYTES):
-            stop = cursor.extent(end)
-            dtype = cursor.text(stop - cursor.position)
-        elif (field, wire_type) == (3, _BYTES):
-            stop = cursor.extent(end)
-            segment = (cursor.position, stop - cursor.position)
-            cursor.position = stop
+    dtype, segment = "", (reader.position, 0)
+    for field, wire_type in reader.fields(end):
+        if field == 1:
+            reader.extend(dims, wire_type, _DIM)
+        elif field == 2:
+            dtype = reader.text(wire_type)
+        elif field == 3:
+            stop = reader.extent(wire_type)
+            segment = (reader.position, stop - reader.position)
+            reader.position = stop
         else:
-            cursor.skip(wire_type, end)
+            reader.skip(wire_type)
     return StoredTensor(dtype, tuple(dims), (segment,))
 
 
@@ -211,23 +153,10 @@ def encode(tensors: Iterable[T]) -> Iterator[tuple[T, list[Record]]]:
 
 
 def _records(name: str, dtype: str, dims: Shape, nbytes: int) -> Iterator[Record]:
-    head = b"".join(b"\x08" + _varint(n) for n in dims) + _field(2, dtype.encode())
-    tag = _field(1, name.encode())
+    head = b"".join(number_field(1, size) for size in dims) + bytes_field(2, dtype.encode())
+    tag = bytes_field(1, name.encode())
     for start in range(0, max(nbytes, 1), CHUNK_BYTES):
         length = min(CHUNK_BYTES, nbytes - start)
-        tensor = head + b"\x1a" + _varint(length)
-        value = tag + b"\x12" + _varint(len(tensor) + length) + tensor
-        yield Record(b"\x0a" + _varint(len(value) + length) + value, length)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return bytes([number << 3 | _BYTES]) + _varint(len(content)) + content
+        tensor = head + bytes_head(3, length)
+        value = tag + bytes_head(2, len(tensor) + length) + tensor
+        yield Record(bytes_head(1, len(value) + length) + value, length)
