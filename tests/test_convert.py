@@ -14,7 +14,7 @@ import time
 import numpy as np
 import oracle
 import pytest
-from core.test_plan import conversions, hold, strategy
+from builders import conversions, hold, large_source, load, save, strategy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,18 +27,6 @@ from auto_trans.storage import capacity as resources
 from auto_trans.storage import files as publish
 from auto_trans.storage.manifest import MANIFEST_NAME
 from auto_trans.storage.sources import find_checkpoints
-
-
-def save(folder, held, dtype=np.float32):
-    for rank, tensors in held.items():
-        raws = {name: oracle.raw(array.astype(dtype)) for name, array in tensors.items()}
-        oracle.write_raw(folder / f"rank_{rank}" / f"net_rank_{rank}-1_1.ckpt", raws)
-    return folder
-
-
-def load(folder, rank, dtype=np.float32):
-    found = oracle.read_raw(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
-    return {n: np.frombuffer(r.content, dtype).reshape(r.dims) for n, r in found.items()}
 
 
 @given(conversions(), st.integers(16, 200), st.integers(5, 300), st.sampled_from([np.int8, np.float16, np.int64]))
@@ -209,13 +197,6 @@ def test_folder_of_several_complete_files_asks_for_one(tmp_path):
         convert(tmp_path, tmp_path / "out")
 
 
-def large_source(folder, mib=400):
-    """Writes a complete checkpoint with matrices that are sliced on either dimension."""
-    rows = mib * 1024 * 1024 // 2 // 8 // 4096
-    block = np.arange(rows * 4096, dtype=np.uint16).view(np.float16).reshape(rows, 4096)
-    return oracle.write_raw(folder / "large.ckpt", {f"w{i}": oracle.raw(block) for i in range(8)})
-
-
 def run_python(code, **options):
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], text=True, **options)
 
@@ -224,7 +205,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
     large_source(tmp_path)
     code = f"""
         import threading, time
-        from core.test_plan import strategy
+        from builders import strategy
         from auto_trans import convert
         from auto_trans.core.layout import Layout
         peak = 0
@@ -252,7 +233,7 @@ def test_killed_half_way_only_what_is_missing_is_done_again(tmp_path):
     large_source(tmp_path, mib=1200)
     arguments = f"{str(tmp_path / 'large.ckpt')!r}, {str(tmp_path / 'out')!r}"
     code = f"""
-        from core.test_plan import strategy
+        from builders import strategy
         from auto_trans import convert
         from auto_trans.core.layout import Layout
         layouts = {{f"w{{i}}": Layout((8,), ((0,), ())) for i in range(8)}}

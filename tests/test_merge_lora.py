@@ -11,7 +11,7 @@ import mindspore
 import numpy as np
 import oracle
 import pytest
-from core.test_plan import hold, strategy
+from builders import hold, strategy
 
 import auto_trans
 from auto_trans.core.layout import Layout

@@ -4,6 +4,7 @@ import mindspore
 import numpy as np
 import oracle
 import pytest
+from builders import every_dtype
 from hypothesis import given
 from hypothesis import strategies as st
 from mindspore.train import serialization
@@ -17,32 +18,6 @@ from auto_trans.storage.formats.ckpt import encode, scan
 from auto_trans.storage.formats.index import content_digest
 
 RNG = np.random.default_rng(3)
-DTYPES = [
-    "bool",
-    "int8",
-    "uint8",
-    "int16",
-    "uint16",
-    "int32",
-    "uint32",
-    "int64",
-    "uint64",
-    "float16",
-    "float32",
-    "float64",
-]
-
-
-def every_dtype():
-    """One parameter of every type that MindSpore saves, with a scalar, an empty shape and a string among them."""
-    tensors = [{"name": f"layer.{d}", "data": mindspore.Tensor(RNG.integers(0, 2, (3, 4)).astype(d))} for d in DTYPES]
-    tensors.append(
-        {"name": "layer.bfloat16", "data": mindspore.Tensor(RNG.standard_normal((5, 2)), mindspore.bfloat16)}
-    )
-    tensors.append({"name": "scalar", "data": mindspore.Tensor(2.5, mindspore.float32)})
-    tensors.append({"name": "one", "data": mindspore.Tensor([7], mindspore.int32)})
-    tensors.append({"name": "naïve.名前", "data": mindspore.Tensor([1, 2], mindspore.int32)})
-    return tensors
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import oracle
 import pytest
 import safetensors
 import safetensors.numpy
+from builders import every_dtype
 from hypothesis import given
 from hypothesis import strategies as st
-from storage.test_ckpt import every_dtype
 
 from auto_trans import convert
 from auto_trans.errors import CorruptCheckpointError, UnsupportedCheckpointError
