@@ -111,32 +111,32 @@ def large_source(folder, mib=400):
     return oracle.write_raw(folder / "large.ckpt", {f"w{i}": oracle.raw(block) for i in range(8)})
 
 
-DTYPES = [
-    "bool",
-    "int8",
-    "uint8",
-    "int16",
-    "uint16",
-    "int32",
-    "uint32",
-    "int64",
-    "uint64",
-    "float16",
-    "float32",
-    "float64",
-]
+def every_array():
+    """Name -> array and MindSpore's type, of every type that it saves; with a scalar among them."""
+    rng = np.random.default_rng(3)
+    arrays = {f"layer.{d}": (rng.integers(0, 2, (3, 4)).astype(d), dtype) for d, dtype in oracle.NAMES.items()}
+    arrays["layer.bfloat16"] = (rng.integers(-128, 128, (5, 2)).astype(np.float32), "BFloat16")
+    arrays["scalar"] = (np.float32(2.5), "Float32")
+    arrays["one"] = (np.array([7], np.int32), "Int32")
+    arrays["naïve.名前"] = (np.array([1, 2], np.int32), "Int32")
+    return arrays
 
 
 def every_dtype():
-    """One parameter of every type that MindSpore saves, with a scalar, an empty shape and a string among them."""
+    """One parameter of every type, for mindspore.save_checkpoint."""
     import mindspore
 
-    rng = np.random.default_rng(3)
-    tensors = [{"name": f"layer.{d}", "data": mindspore.Tensor(rng.integers(0, 2, (3, 4)).astype(d))} for d in DTYPES]
-    tensors.append(
-        {"name": "layer.bfloat16", "data": mindspore.Tensor(rng.standard_normal((5, 2)), mindspore.bfloat16)}
-    )
-    tensors.append({"name": "scalar", "data": mindspore.Tensor(2.5, mindspore.float32)})
-    tensors.append({"name": "one", "data": mindspore.Tensor([7], mindspore.int32)})
-    tensors.append({"name": "naïve.名前", "data": mindspore.Tensor([1, 2], mindspore.int32)})
-    return tensors
+    return [
+        {
+            "name": name,
+            "data": mindspore.Tensor(array, getattr(mindspore, "bool_" if dtype == "Bool" else dtype.lower())),
+        }
+        for name, (array, dtype) in every_array().items()
+    ]
+
+
+def every_raw():
+    """The same as it lies in a file, with what ``append_dict={"note": "text", "epoch_num": 3}`` adds."""
+    note = oracle.Raw("str", (0,), "text".encode("utf-32-le"))
+    arrays = {name: oracle.raw(array, dtype) for name, (array, dtype) in every_array().items()}
+    return {**arrays, "note": note, "epoch_num": oracle.raw(np.int64(3))}

@@ -134,6 +134,7 @@ def test_ranks_apart_give_the_same_files_as_all_at_once(genuine, tmp_path):
     assert (tmp_path / "parts" / MANIFEST_NAME).exists()
 
 
+@pytest.mark.mindspore
 @pytest.mark.parametrize("target", ["dp2mp2pp2", None])
 def test_mindspore_engine_agrees(genuine, tmp_path, target):
     weights = genuine.model("mf_llama")
@@ -169,7 +170,7 @@ def test_numbers_of_devices_that_mindspore_refuses(tmp_path, source, target):
 def test_missing_rank_folder_whose_slices_another_rank_holds(genuine, tmp_path):
     weights = genuine.model("mf_llama")
     held = weights.slices("dp2mp2")
-    source = oracle.save_with_mindspore(tmp_path / "src", {r: held[r] for r in (0, 3)}, weights.dtypes)
+    source = oracle.save_genuine(tmp_path / "src", {r: held[r] for r in (0, 3)}, weights.dtypes)
     convert(source, tmp_path / "out", weights.strategy("dp2mp2"))
     whole = oracle.read_raw(tmp_path / "out" / "rank_0" / "checkpoint_0.ckpt")
     assert whole == {n: whole[n] for n in whole} and set(whole) == set(held[0])
@@ -271,6 +272,7 @@ def test_converters_beside_each_other_need_disk_for_every_file_once(genuine, tmp
     conversion.check(part=1 / 4, files=[])
 
 
+@pytest.mark.mindspore
 def test_mindspore_engine_leaves_nothing_half_written(genuine, tmp_path, monkeypatch):
     def full(fd, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
