@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -131,14 +132,14 @@ def read_safetensors_raw(path: Path) -> dict[str, Raw]:
 
 def write_safetensors_raw(path: Path, tensors: Mapping[str, Raw]) -> Path:
     """Writes a .safetensors file, with the metadata that MindSpore gives it."""
-    short = {"Bool": "BOOL", "BFloat16": "BF16", "Float": "F", "UInt": "U", "Int": "I"}
+    short = {"BFloat": "BF", "Float": "F", "UInt": "U", "Int": "I", "Bool": "BOOL"}
     header: dict[str, dict] = {"__metadata__": {"format": "ms"}}
     end = 0
     # large elements first, so that all begin at multiples of their size
-    for name, raw in sorted(tensors.items(), key=lambda item: -int(item[1].dtype.lstrip("BoolFatUIn") or 8)):
-        key = next(key for key in short if raw.dtype.startswith(key))
+    for name, raw in sorted(tensors.items(), key=lambda item: -len(item[1].content) // max(1, math.prod(item[1].dims))):
+        kind = raw.dtype.rstrip("0123456789")
         begin, end = end, end + len(raw.content)
-        dtype = raw.dtype.replace(key, short[key])
+        dtype = short[kind] + raw.dtype[len(kind) :]
         header[name] = {"dtype": dtype, "shape": list(raw.dims), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
