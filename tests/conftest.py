@@ -16,21 +16,22 @@ hypothesis.settings.register_profile("tests", deadline=None)
 hypothesis.settings.load_profile("tests")
 
 
-SLOW = ("mindspore", "trainer")
 _HAD_MINDSPORE = pytest.StashKey[bool]()
 
 
-def is_slow(item: pytest.Item) -> bool:
-    """Whether a test may start MindSpore."""
-    return any(item.get_closest_marker(name) for name in SLOW)
+def may_start_mindspore(item: pytest.Item) -> bool:
+    return any(item.get_closest_marker(name) for name in ("mindspore", "trainer"))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The fast tests come first: what is broken is soon known, and none finds MindSpore imported by another."""
-    items.sort(key=is_slow)
+    for item in filter(may_start_mindspore, items):
+        item.add_marker("slow")
+    items.sort(key=lambda item: (may_start_mindspore(item), item.get_closest_marker("slow") is not None))
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
+def pytest_collection_finish() -> None:
     """A test file that imports MindSpore makes all the others slow."""
     if "mindspore" in sys.modules:
         raise pytest.UsageError("a test file imports mindspore at its top; import it in tests marked mindspore")
@@ -43,7 +44,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item) -> None:
-    if "mindspore" in sys.modules and not item.stash[_HAD_MINDSPORE] and not is_slow(item):
+    if "mindspore" in sys.modules and not item.stash[_HAD_MINDSPORE] and not may_start_mindspore(item):
         pytest.fail("this test imports mindspore, which takes seconds; mark it @pytest.mark.mindspore", pytrace=False)
 
 

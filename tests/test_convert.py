@@ -230,6 +230,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
     assert int(out.split()[-1]) < 64 * 1024, "KiB of anonymous memory on top of the interpreter's"
 
 
+@pytest.mark.slow
 def test_killed_half_way_only_what_is_missing_is_done_again(tmp_path):
     large_source(tmp_path, mib=1200)
     arguments = f"{str(tmp_path / 'large.ckpt')!r}, {str(tmp_path / 'out')!r}"

@@ -57,6 +57,7 @@ def test_replicas_are_linked_by_workers_too(auto_trans, genuine, tmp_path):
     assert len({f.stat().st_ino for f in (tmp_path / "out").rglob("*.ckpt")}) == 2
 
 
+@pytest.mark.slow
 def test_dead_worker_fails_the_whole_and_the_rest_is_resumed(auto_trans, bin_folder, tmp_path):
     from builders import large_source
 
@@ -234,6 +235,7 @@ def test_help_has_examples(auto_trans, command):
     assert "examples:" in out and f"auto-trans {command}" in out
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_what_can_be_resumed(auto_trans, bin_folder, tmp_path):
     from builders import large_source
     from storage.test_strategies import strategy_file
