@@ -4,7 +4,7 @@ set -euo pipefail
 
 cd "$(dirname "$0")/.."
 source scripts/venv.sh
-pip --disable-pip-version-check -qq install ".[test]"
+pip --disable-pip-version-check -qq install ".[mindformers,test]"
 for version in 1.6.0 1.8.0 1.9.0; do # the hook must also apply to these
     target="$venv/other_mindformers/$version"
     [ -d "$target" ] || pip --disable-pip-version-check -qq install --no-deps --target "$target" "mindformers==$version"

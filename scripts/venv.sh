@@ -15,6 +15,6 @@ if [ ! -f "$venv/complete" ]; then
     touch "$venv/complete"
 fi
 rm -rf "$root/build"
-"${pip[@]}" install "$root"
+"${pip[@]}" install "$root[mindformers]"
 "${pip[@]}" install --no-deps --force-reinstall "$root"
 export PATH="$venv/bin:$PATH" GLOG_v="${GLOG_v:-3}"

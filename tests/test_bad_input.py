@@ -11,7 +11,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-import mindspore
 import oracle
 import psutil
 import pytest
@@ -111,7 +110,10 @@ def test_not_a_checkpoint(case, snapshot):
     case.refused(snapshot, CorruptCheckpointError, r"rank_0-1_1\.ckpt")
 
 
+@pytest.mark.mindspore
 def test_encrypted_checkpoint(case, snapshot):
+    import mindspore
+
     path = case.file(0)
     path.unlink()
     mindspore.save_checkpoint([{"name": "w", "data": mindspore.Tensor([1.0])}], str(path), enc_key=b"0123456789abcdef")

@@ -14,7 +14,7 @@ import time
 import numpy as np
 import oracle
 import pytest
-from core.test_plan import conversions, hold, strategy
+from builders import conversions, hold, large_source, load, save, strategy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,18 +27,6 @@ from auto_trans.storage import capacity as resources
 from auto_trans.storage import files as publish
 from auto_trans.storage.manifest import MANIFEST_NAME
 from auto_trans.storage.sources import find_checkpoints
-
-
-def save(folder, held, dtype=np.float32):
-    for rank, tensors in held.items():
-        raws = {name: oracle.raw(array.astype(dtype)) for name, array in tensors.items()}
-        oracle.write_raw(folder / f"rank_{rank}" / f"net_rank_{rank}-1_1.ckpt", raws)
-    return folder
-
-
-def load(folder, rank, dtype=np.float32):
-    found = oracle.read_raw(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
-    return {n: np.frombuffer(r.content, dtype).reshape(r.dims) for n, r in found.items()}
 
 
 @given(conversions(), st.integers(16, 200), st.integers(5, 300), st.sampled_from([np.int8, np.float16, np.int64]))
@@ -146,6 +134,7 @@ def test_ranks_apart_give_the_same_files_as_all_at_once(genuine, tmp_path):
     assert (tmp_path / "parts" / MANIFEST_NAME).exists()
 
 
+@pytest.mark.mindspore
 @pytest.mark.parametrize("target", ["dp2mp2pp2", None])
 def test_mindspore_engine_agrees(genuine, tmp_path, target):
     weights = genuine.model("mf_llama")
@@ -181,7 +170,7 @@ def test_numbers_of_devices_that_mindspore_refuses(tmp_path, source, target):
 def test_missing_rank_folder_whose_slices_another_rank_holds(genuine, tmp_path):
     weights = genuine.model("mf_llama")
     held = weights.slices("dp2mp2")
-    source = oracle.save_with_mindspore(tmp_path / "src", {r: held[r] for r in (0, 3)}, weights.dtypes)
+    source = oracle.save_genuine(tmp_path / "src", {r: held[r] for r in (0, 3)}, weights.dtypes)
     convert(source, tmp_path / "out", weights.strategy("dp2mp2"))
     whole = oracle.read_raw(tmp_path / "out" / "rank_0" / "checkpoint_0.ckpt")
     assert whole == {n: whole[n] for n in whole} and set(whole) == set(held[0])
@@ -209,13 +198,6 @@ def test_folder_of_several_complete_files_asks_for_one(tmp_path):
         convert(tmp_path, tmp_path / "out")
 
 
-def large_source(folder, mib=400):
-    """Writes a complete checkpoint with matrices that are sliced on either dimension."""
-    rows = mib * 1024 * 1024 // 2 // 8 // 4096
-    block = np.arange(rows * 4096, dtype=np.uint16).view(np.float16).reshape(rows, 4096)
-    return oracle.write_raw(folder / "large.ckpt", {f"w{i}": oracle.raw(block) for i in range(8)})
-
-
 def run_python(code, **options):
     return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], text=True, **options)
 
@@ -224,7 +206,7 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
     large_source(tmp_path)
     code = f"""
         import threading, time
-        from core.test_plan import strategy
+        from builders import strategy
         from auto_trans import convert
         from auto_trans.core.layout import Layout
         peak = 0
@@ -248,11 +230,12 @@ def test_memory_is_bounded_whatever_the_size(tmp_path):
     assert int(out.split()[-1]) < 64 * 1024, "KiB of anonymous memory on top of the interpreter's"
 
 
+@pytest.mark.slow
 def test_killed_half_way_only_what_is_missing_is_done_again(tmp_path):
     large_source(tmp_path, mib=1200)
     arguments = f"{str(tmp_path / 'large.ckpt')!r}, {str(tmp_path / 'out')!r}"
     code = f"""
-        from core.test_plan import strategy
+        from builders import strategy
         from auto_trans import convert
         from auto_trans.core.layout import Layout
         layouts = {{f"w{{i}}": Layout((8,), ((0,), ())) for i in range(8)}}
@@ -290,6 +273,7 @@ def test_converters_beside_each_other_need_disk_for_every_file_once(genuine, tmp
     conversion.check(part=1 / 4, files=[])
 
 
+@pytest.mark.mindspore
 def test_mindspore_engine_leaves_nothing_half_written(genuine, tmp_path, monkeypatch):
     def full(fd, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

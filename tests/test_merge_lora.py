@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mindspore
 import numpy as np
 import oracle
 import pytest
-from core.test_plan import hold, strategy
+from builders import hold, strategy
 
 import auto_trans
 from auto_trans.core.layout import Layout
@@ -87,7 +86,10 @@ def test_complete_weights(tmp_path, dtype):
     assert got["w1.weight"].dtype == dtype
 
 
+@pytest.mark.mindspore
 def test_bfloat16_is_rounded_once_to_the_nearest(tmp_path):
+    import mindspore
+
     held = tuned()
     bf16 = {n: oracle.raw(a, "BFloat16") if a.dtype == np.float32 else to_raw(a) for n, a in held.items()}
     seen = {  # the numbers that bfloat16 really holds

@@ -54,6 +54,7 @@ def test_import_loads_neither_mindspore_nor_numpy():
     assert result.stdout.strip() == "set()", result.stderr
 
 
+@pytest.mark.mindspore
 @pytest.mark.parametrize("first", ["auto_trans.storage.strategies", "auto_trans.conversion", "mindspore"])
 def test_strategies_are_read_beside_mindspore_in_any_order(first):
     result = run(f"import {first}; import mindspore, auto_trans.storage.strategies")

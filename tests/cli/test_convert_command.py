@@ -57,8 +57,9 @@ def test_replicas_are_linked_by_workers_too(auto_trans, genuine, tmp_path):
     assert len({f.stat().st_ino for f in (tmp_path / "out").rglob("*.ckpt")}) == 2
 
 
+@pytest.mark.slow
 def test_dead_worker_fails_the_whole_and_the_rest_is_resumed(auto_trans, bin_folder, tmp_path):
-    from test_convert import large_source
+    from builders import large_source
 
     large_source(tmp_path, mib=1200)
     from strategy_files import strategy_file
@@ -234,9 +235,10 @@ def test_help_has_examples(auto_trans, command):
     assert "examples:" in out and f"auto-trans {command}" in out
 
 
+@pytest.mark.slow
 def test_interrupt_leaves_what_can_be_resumed(auto_trans, bin_folder, tmp_path):
+    from builders import large_source
     from strategy_files import strategy_file
-    from test_convert import large_source
 
     large_source(tmp_path, mib=1200)
     strategy_file(tmp_path / "s_rank_0.ckpt", {f"w{i}": ([8], [[0, -1]]) for i in range(8)})

@@ -16,6 +16,7 @@ import pytest
 
 from auto_trans.hooks.transform import REPORT_NAME
 
+pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "worker.py"
 SOURCE, TARGET, WORLD = "dp1mp2pp2", "dp2mp2", 4
 

@@ -4,30 +4,12 @@ import math
 
 import numpy as np
 import pytest
+from builders import layouts
 from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_trans.core.layout import Box, Layout, split_box
 from auto_trans.errors import LayoutError
-
-
-@st.composite
-def layouts(draw):
-    """Any layout MindSpore can write: axes of any size, several on one dimension, optimizer shard in groups."""
-    dev_matrix = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=3)))
-    axes = draw(st.permutations(range(len(dev_matrix))))
-    used = axes[: draw(st.integers(0, len(axes)))]
-    ndim = draw(st.integers(1, 3))
-    entries: list[list[int]] = [[] for _ in range(ndim)]
-    for axis in used:
-        entries[draw(st.integers(0, ndim - 1))].append(axis)
-    plain = Layout(dev_matrix, tuple(map(tuple, entries)))
-    shards = draw(st.sampled_from([k for k in range(1, plain.replicas + 1) if plain.replicas % k == 0]))
-    if shards == 1:
-        return plain
-    owners = plain.owners((0,) * ndim)
-    size = -1 if shards == plain.replicas and draw(st.booleans()) else shards
-    return Layout(dev_matrix, plain.tensor_map, size, owners[1] - owners[0])
 
 
 def naive_box(layout: Layout, rank: int, full: np.ndarray) -> np.ndarray:

@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
-from core.test_layout import layouts
+from builders import Index, conversions, hold, strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,56 +10,6 @@ from auto_trans.core.layout import Layout
 from auto_trans.core.plan import plan_conversion
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError, MissingSliceError, PlanError
-
-
-@dataclass
-class Meta:
-    shape: tuple
-    dtype: str = "Float32"
-
-    @property
-    def dims(self):
-        return self.shape
-
-    @property
-    def nbytes(self):
-        return 4 * math.prod(self.shape)
-
-
-class Index:
-    """A source in memory: rank -> parameter -> array."""
-
-    def __init__(self, held):
-        self.held = held
-        self.ranks = tuple(sorted(held))
-
-    def tensors(self, rank):
-        return {name: Meta(array.shape) for name, array in self.held[rank].items()}
-
-    def describe(self, rank):
-        return f"rank_{rank}/x.ckpt"
-
-
-def strategy(parameters, stages=1, origin="strategy"):
-    """parameters: name -> layout, or name -> {stage: layout}."""
-    by_stage = {n: v if isinstance(v, dict) else {0: v} for n, v in parameters.items()}
-    devices = next(iter(next(iter(by_stage.values())).values())).devices
-    return Strategy(stages, devices, by_stage, origin=origin)
-
-
-def hold(full, strategy):
-    """What every rank holds under a strategy; parameters that it does not list are held whole by all."""
-    held = {}
-    for rank in range(strategy.world_size):
-        held[rank] = {}
-        for name, array in full.items():
-            layout = strategy.layout(name, strategy.stage_of(rank))
-            if layout is not None:
-                box = layout.box(rank % strategy.stage_devices, array.shape)
-                held[rank][name] = array[box.slices()]
-            elif not strategy.lists(name):
-                held[rank][name] = array
-    return held
 
 
 def run(plan, index):
@@ -81,16 +28,6 @@ def run(plan, index):
             tensors[tensor.name] = out
         made.update({rank: tensors for rank in file.ranks})
     return made
-
-
-@st.composite
-def conversions(draw):
-    """Two layouts of one tensor on any numbers of ranks, 24 to 16 among them."""
-    source = draw(layouts())
-    target = draw(layouts().filter(lambda layout: len(layout.tensor_map) == len(source.tensor_map)))
-    ndim = len(source.tensor_map)
-    shape = tuple(math.lcm(a, b) for a, b in zip(source.grid(ndim), target.grid(ndim)))
-    return source, target, np.arange(math.prod(shape)).reshape(shape)
 
 
 @given(conversions())

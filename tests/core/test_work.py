@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from core.test_plan import Index, hold, strategy
+from builders import Index, hold, strategy
 from hypothesis import given
 from hypothesis import strategies as st
 

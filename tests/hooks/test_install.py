@@ -34,14 +34,17 @@ def run(code, **environ):
     return done.stdout + done.stderr
 
 
+@pytest.mark.mindspore
 def test_wheel_installs_the_hook():
     assert "PATCHED 6 OF 6" in run(CHECK)
 
 
+@pytest.mark.mindspore
 def test_hook_can_be_turned_off():
     assert "PATCHED 0 OF 6" in run(CHECK, AUTO_TRANS_DISABLE="1")
 
 
+@pytest.mark.mindspore
 @pytest.mark.parametrize("version", ["1.6.0", "1.8.0", "1.9.0"])
 def test_other_known_versions(version):
     path = OTHER_VERSIONS / version
@@ -49,6 +52,7 @@ def test_other_known_versions(version):
     assert "PATCHED 6 OF 6" in run(CHECK, PYTHONPATH=str(path))
 
 
+@pytest.mark.mindspore
 def test_unknown_version_is_left_as_it_is_with_one_warning():
     code = "import auto_trans.hooks.patches as p; p.KNOWN_VERSIONS = ('0.9',)\n" + CHECK
     out = run(code)
@@ -56,11 +60,13 @@ def test_unknown_version_is_left_as_it_is_with_one_warning():
     assert out.count("auto_trans does not know MindFormers 1.7.0 (it knows 0.9)") == 1
 
 
+@pytest.mark.mindspore
 def test_install_works_after_mindformers_was_imported():
     code = CHECK.replace("print", "0 and print", 1) + "import auto_trans; auto_trans.install()\n" + CHECK
     assert "PATCHED 6 OF 6" in run(NO_FINDER + code)
 
 
+@pytest.mark.mindspore
 def test_run_module_starts_a_script_with_the_hook(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("import sys, helper\nprint('ARGUMENTS', sys.argv, __name__)\n" + CHECK)
@@ -88,6 +94,7 @@ print("NEW", sorted(set(sys.modules) - before), sum(type(f).__name__ == "_Finder
     assert "NEW ['auto_trans', 'auto_trans.hooks', 'auto_trans.hooks.finder'] 1" in done.stdout, done.stderr
 
 
+@pytest.mark.mindspore
 def test_module_looks_as_if_never_touched():
     loader = "m = trainer_utils; print(type(m.__spec__.loader).__name__, m.__loader__.get_source(m.__name__)[:1])"
     assert "SourceFileLoader #" in run(CHECK + loader)

@@ -1,0 +1,142 @@
+"""What several tests build: strategies, sources in memory and on disk, and layouts by chance."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import oracle
+from hypothesis import strategies as st
+
+from auto_trans.core.layout import Layout
+from auto_trans.core.strategy import Strategy
+
+
+@st.composite
+def layouts(draw):
+    """Any layout MindSpore can write: axes of any size, several on one dimension, optimizer shard in groups."""
+    dev_matrix = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 4]), min_size=1, max_size=3)))
+    axes = draw(st.permutations(range(len(dev_matrix))))
+    used = axes[: draw(st.integers(0, len(axes)))]
+    ndim = draw(st.integers(1, 3))
+    entries: list[list[int]] = [[] for _ in range(ndim)]
+    for axis in used:
+        entries[draw(st.integers(0, ndim - 1))].append(axis)
+    plain = Layout(dev_matrix, tuple(map(tuple, entries)))
+    shards = draw(st.sampled_from([k for k in range(1, plain.replicas + 1) if plain.replicas % k == 0]))
+    if shards == 1:
+        return plain
+    owners = plain.owners((0,) * ndim)
+    size = -1 if shards == plain.replicas and draw(st.booleans()) else shards
+    return Layout(dev_matrix, plain.tensor_map, size, owners[1] - owners[0])
+
+
+@st.composite
+def conversions(draw):
+    """Two layouts of one tensor on any numbers of ranks, 24 to 16 among them."""
+    source = draw(layouts())
+    target = draw(layouts().filter(lambda layout: len(layout.tensor_map) == len(source.tensor_map)))
+    ndim = len(source.tensor_map)
+    shape = tuple(math.lcm(a, b) for a, b in zip(source.grid(ndim), target.grid(ndim)))
+    return source, target, np.arange(math.prod(shape)).reshape(shape)
+
+
+@dataclass
+class Meta:
+    shape: tuple
+    dtype: str = "Float32"
+
+    @property
+    def dims(self):
+        return self.shape
+
+    @property
+    def nbytes(self):
+        return 4 * math.prod(self.shape)
+
+
+class Index:
+    """A source in memory: rank -> parameter -> array."""
+
+    def __init__(self, held):
+        self.held = held
+        self.ranks = tuple(sorted(held))
+
+    def tensors(self, rank):
+        return {name: Meta(array.shape) for name, array in self.held[rank].items()}
+
+    def describe(self, rank):
+        return f"rank_{rank}/x.ckpt"
+
+
+def strategy(parameters, stages=1, origin="strategy"):
+    """parameters: name -> layout, or name -> {stage: layout}."""
+    by_stage = {n: v if isinstance(v, dict) else {0: v} for n, v in parameters.items()}
+    devices = next(iter(next(iter(by_stage.values())).values())).devices
+    return Strategy(stages, devices, by_stage, origin=origin)
+
+
+def hold(full, strategy):
+    """What every rank holds under a strategy; parameters that it does not list are held whole by all."""
+    held = {}
+    for rank in range(strategy.world_size):
+        held[rank] = {}
+        for name, array in full.items():
+            layout = strategy.layout(name, strategy.stage_of(rank))
+            if layout is not None:
+                box = layout.box(rank % strategy.stage_devices, array.shape)
+                held[rank][name] = array[box.slices()]
+            elif not strategy.lists(name):
+                held[rank][name] = array
+    return held
+
+
+def save(folder, held, dtype=np.float32):
+    for rank, tensors in held.items():
+        raws = {name: oracle.raw(array.astype(dtype)) for name, array in tensors.items()}
+        oracle.write_raw(folder / f"rank_{rank}" / f"net_rank_{rank}-1_1.ckpt", raws)
+    return folder
+
+
+def load(folder, rank, dtype=np.float32):
+    found = oracle.read_raw(folder / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+    return {n: np.frombuffer(r.content, dtype).reshape(r.dims) for n, r in found.items()}
+
+
+def large_source(folder, mib=400):
+    """Writes a complete checkpoint with matrices that are sliced on either dimension."""
+    rows = mib * 1024 * 1024 // 2 // 8 // 4096
+    block = np.arange(rows * 4096, dtype=np.uint16).view(np.float16).reshape(rows, 4096)
+    return oracle.write_raw(folder / "large.ckpt", {f"w{i}": oracle.raw(block) for i in range(8)})
+
+
+def every_array():
+    """Name -> array and MindSpore's type, of every type that it saves; with a scalar among them."""
+    rng = np.random.default_rng(3)
+    arrays = {f"layer.{d}": (rng.integers(0, 2, (3, 4)).astype(d), dtype) for d, dtype in oracle.NAMES.items()}
+    arrays["layer.bfloat16"] = (rng.integers(-128, 128, (5, 2)).astype(np.float32), "BFloat16")
+    arrays["scalar"] = (np.float32(2.5), "Float32")
+    arrays["one"] = (np.array([7], np.int32), "Int32")
+    arrays["naïve.名前"] = (np.array([1, 2], np.int32), "Int32")
+    return arrays
+
+
+def every_dtype():
+    """One parameter of every type, for mindspore.save_checkpoint."""
+    import mindspore
+
+    return [
+        {
+            "name": name,
+            "data": mindspore.Tensor(array, getattr(mindspore, "bool_" if dtype == "Bool" else dtype.lower())),
+        }
+        for name, (array, dtype) in every_array().items()
+    ]
+
+
+def every_raw():
+    """The same as it lies in a file, with what ``append_dict={"note": "text", "epoch_num": 3}`` adds."""
+    note = oracle.Raw("str", (0,), "text".encode("utf-32-le"))
+    arrays = {name: oracle.raw(array, dtype) for name, (array, dtype) in every_array().items()}
+    return {**arrays, "note": note, "epoch_num": oracle.raw(np.int64(3))}
