@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 
 import numpy as np
 import oracle
@@ -60,36 +59,6 @@ def test_inspect_tells_what_is_neither(auto_trans, tmp_path):
     (tmp_path / "x.ckpt").write_bytes(b"\xff\xff\xff")
     assert "x.ckpt is not a strategy file" in auto_trans("inspect", "x.ckpt", code=1).stderr
     assert "nowhere is not found" in auto_trans("inspect", "nowhere", code=1).stderr
-
-
-def test_page_in_a_real_browser(auto_trans, genuine, tmp_path):
-    browser = shutil.which("chromium")
-    if browser is None:
-        pytest.skip("no chromium on this machine")
-    auto_trans(
-        "inspect", STRATEGIES / "dp1mp2" / "strategy", "--diff", STRATEGIES / "dp2mp2_opt" / "strategy",
-        "--weights", genuine.source("mf_llama", "dp1mp2"), "--param", "model.layers.0.*", "--html", "page.html",
-    )  # fmt: skip
-    page = (tmp_path / "page.html").read_text()
-    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "") and "https://" not in page, "self-contained"
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync"
-    )
-    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run([*command, f"file://{tmp_path / 'page.html'}"], capture_output=True, text=True, timeout=120)
-    dom = done.stdout
-    assert dom.count("<svg") == 2, done.stderr[-2000:]
-    # 2 slices before, 4 after; the first parameter by name is wk: 64 x 64, of 4 bytes an element
-    assert dom.count('class="box"') == 6
-    assert "rank 2: offset [16,0], size [16,64]" in dom
-    assert "8.0 KiB" in dom and "4.0 KiB" in dom
-    assert dom.count("<option") == 9
-
-
-def test_page_needs_a_parameter(auto_trans):
-    done = auto_trans("inspect", STRATEGIES / "dp1mp2" / "strategy", "--param", "none", "--html", "page.html", code=1)
-    assert "no parameter of" in done.stderr
 
 
 @pytest.fixture
