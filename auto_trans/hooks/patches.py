@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Callable
 
 from auto_trans.hooks import finder
-from auto_trans.log import logger
+from auto_trans.log import logger, use_mindformers_logger
 
 __all__ = ["KNOWN_VERSIONS", "install", "patch"]
 
@@ -38,6 +38,7 @@ def install() -> None:
 
 def patch(module: ModuleType) -> None:
     """Replaces what a freshly imported MindFormers module defines; leaves unknown versions as they are."""
+    use_mindformers_logger()
     if not _is_known(getattr(sys.modules.get("mindformers"), "__version__", "")):
         return
     for name, make in _REPLACEMENTS[module.__name__].items():
