@@ -122,6 +122,10 @@ def join(
             gathering.look()
         return arrival.look()
 
+    def waiting_for() -> str:
+        # all ranks listing the directory at every line would be too much for the shared disk
+        return arrival.waiting_for() if gathering is not None else f"rank {LEADER} to gather all ranks"
+
     def timeout(seconds: float) -> Exception:
         return JoinTimeoutError(
             f"rank {rank} waited {seconds:.0f} s in {root} for {arrival.waiting_for()}: they did not start, failed before, "
@@ -129,7 +133,7 @@ def join(
         )
 
     joined = wait_until(
-        look, timing, waiting_for=arrival.waiting_for, deadline=timing.join_timeout, on_timeout=timeout, clock=clock
+        look, timing, waiting_for=waiting_for, deadline=timing.join_timeout, on_timeout=timeout, clock=clock
     )
     logger.info("all %d ranks are there after %.1f s", world_size, clock.now() - begin)
     return joined
@@ -218,7 +222,7 @@ class Arrival:
         return None
 
     def waiting_for(self) -> str:
-        """What keeps the session from starting, for log lines."""
+        """What keeps the session from starting; lists the directory."""
         if self._directory is None:
             return f"rank {LEADER} to arrive"
         missing = _missing(self._directory, self._member.world_size)
