@@ -17,8 +17,8 @@ import filelock
 import yaml
 
 from auto_trans.config import AutoTransConfig
+from auto_trans.coordination.board import read_json, write_json
 from auto_trans.coordination.election import Assignment, elect
-from auto_trans.coordination.files import read_json, write_json
 from auto_trans.core.plan import make_plan
 from auto_trans.core.rules import check_heads, check_shapes
 from auto_trans.core.source import SlicedSource

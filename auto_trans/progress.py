@@ -24,14 +24,21 @@ class Meter:
         label: What is being done.
         quiet: Show nothing.
         listener: Called with (done, total) at every step, e.g. to put it into a heartbeat.
+        now: Tells the time in seconds.
     """
 
     def __init__(
-        self, total: int, label: str, *, quiet: bool = False, listener: Optional[Callable[[int, int], None]] = None
+        self,
+        total: int,
+        label: str,
+        *,
+        quiet: bool = False,
+        listener: Optional[Callable[[int, int], None]] = None,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.done, self.total = 0, total
-        self._label, self._listener, self._quiet = label, listener, quiet
-        self._begin = self._logged = time.monotonic()
+        self._label, self._listener, self._quiet, self._now = label, listener, quiet, now
+        self._begin = self._logged = now()
         on_terminal = sys.stderr.isatty() and not quiet
         self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024) if on_terminal else None
 
@@ -42,8 +49,8 @@ class Meter:
             self._listener(self.done, self.total)
         if self._bar is not None:
             self._bar.update(nbytes)
-        elif not self._quiet and time.monotonic() - self._logged >= _LOG_SECONDS:
-            self._logged = time.monotonic()
+        elif not self._quiet and self.done and self._now() - self._logged >= _LOG_SECONDS:
+            self._logged = self._now()
             rate = self.done / (self._logged - self._begin)
             logger.info(
                 "%s: %.0f%%, %s of %s, %s/s, about %.0f s left",

@@ -8,7 +8,9 @@ from auto_trans.config import parse_process_num
 from auto_trans.errors import ConfigError
 from auto_trans.log import logger
 
-__all__ = ["Assignment", "elect"]
+__all__ = ["LEADER", "Assignment", "elect"]
+
+LEADER = 0  # the rank that prepares and finishes
 
 
 @dataclass(frozen=True)

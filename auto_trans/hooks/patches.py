@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, Callable
 
 from auto_trans.hooks import finder
-from auto_trans.log import logger
+from auto_trans.log import logger, use_mindformers_logger
 
 __all__ = ["KNOWN_VERSIONS", "install", "patch"]
 
@@ -38,6 +38,7 @@ def install() -> None:
 
 def patch(module: ModuleType) -> None:
     """Replaces what a freshly imported MindFormers module defines; leaves unknown versions as they are."""
+    use_mindformers_logger()
     version = getattr(sys.modules.get("mindformers"), "__version__", "")
     if not _is_known(version):
         if module.__name__ == _WARNS:

@@ -1,0 +1,84 @@
+"""Processes of this and other machines: which one a rank is, and whether it is dead."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+__all__ = ["Process"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """What tells a process from all others.
+
+    Attributes:
+        host: Name of its machine, as its user knows it.
+        pid: Its number; numbers are used again.
+        started: When it started, in ticks since its machine did; the time of day may be set while it runs.
+        space: Where the number counts: two machines may have one name, and two containers of one machine count apart.
+    """
+
+    host: str
+    pid: int
+    started: int
+    space: str
+
+    @classmethod
+    def current(cls) -> Process:
+        """This process."""
+        state = _state(os.getpid())
+        return cls(socket.gethostname(), os.getpid(), state[1] if state else 0, _space())
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> Process:
+        """Reads what `to_json` made.
+
+        Raises:
+            ValueError: It is something else.
+        """
+        fields = {"host": str, "pid": int, "started": int, "space": str}
+        if any(type(content.get(name)) is not kind for name, kind in fields.items()):
+            raise ValueError(f"{content} does not describe a process")
+        return cls(**{name: content[name] for name in fields})
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    def is_dead(self) -> bool:
+        """Whether it is known to be gone; of other machines nothing is known."""
+        if not self.space or self.space != _space():
+            return False
+        try:
+            state = _state(self.pid)
+        except OSError:
+            return False
+        return state is None or state[0] == "Z" or state[1] != self.started
+
+    def __str__(self) -> str:
+        return f"host {self.host}, pid {self.pid}"
+
+
+def _space() -> str:
+    """The machine since its start, and the process numbers that count in it; empty where the system does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        return ""
+
+
+def _state(pid: int) -> Optional[tuple[str, int]]:
+    """State and start of a process of this machine, or None if there is none of this number."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # "pid (name) state ppid ...": the name may hold spaces and brackets; the start is the 22nd of all fields
+    fields = text.rpartition(")")[2].split()
+    return fields[0], int(fields[19])
