@@ -29,7 +29,17 @@ from typing import Any, Optional, Union
 from auto_trans.errors import ConfigError, ConfigTypeError
 from auto_trans.sizes import parse_bytes
 
-__all__ = ["DEFAULT_MEMORY", "DEFAULT_TIMING", "ENGINES", "YAML_KEYS", "AutoTransConfig", "Timing", "parse_boolean", "parse_engine", "parse_memory"]
+__all__ = [
+    "DEFAULT_MEMORY",
+    "DEFAULT_TIMING",
+    "ENGINES",
+    "YAML_KEYS",
+    "AutoTransConfig",
+    "Timing",
+    "parse_boolean",
+    "parse_engine",
+    "parse_memory",
+]
 
 # The library's name of a setting -> what it is called in the YAML of a job; for messages.
 YAML_KEYS = {
@@ -198,6 +208,7 @@ def parse_memory(value: Union[int, str, None]) -> int:
 
 
 def parse_boolean(name: str, value: Any) -> bool:
+    """A setting that is True or False; None is False."""
     if value is None:
         return False
     if not isinstance(value, bool):

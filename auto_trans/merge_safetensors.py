@@ -1,8 +1,8 @@
 """Merges distributed weights into one complete set of safetensors files, as HuggingFace and MindSpore lay it out.
 
 A thin front of the same conversion as every other, to a target that is a set of files with indices:
-``model-00001-of-0000K.safetensors``, ``model.safetensors.index.json`` (HuggingFace), ``param_name_map.json`` (the same map, for
-``mindspore.load_distributed_checkpoint(unified_safetensors_dir=...)``), and, for what no strategy lists,
+``model-00001-of-0000K.safetensors``, ``model.safetensors.index.json`` (HuggingFace), ``param_name_map.json`` (the same map,
+for ``mindspore.load_distributed_checkpoint(unified_safetensors_dir=...)``), and, for what no strategy lists,
 ``hyper_param.safetensors``.
 """
 

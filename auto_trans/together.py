@@ -95,9 +95,7 @@ class _Converter:
         if matches:
             for checkpoint in checkpoints:
                 _link(checkpoint, request)
-            logger.info(
-                "the weights in %s already match the strategy of this job: nothing is converted", request.src
-            )
+            logger.info("the weights in %s already match the strategy of this job: nothing is converted", request.src)
         session.post("prepared", {"matches": matches, **_choice(request, checkpoints)})
         reports: list[dict[str, Any]] = []
         if not matches:

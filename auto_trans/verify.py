@@ -186,7 +186,8 @@ def _compare(made: _Slice, sources: Sequence[_Held], source: Strategy) -> str:
             held = source.layout(made.name, source.stage_of(rank)) or Layout.whole(source.stage_devices)
             source_full, source_box = _full_box(stored, held, rank % source.stage_devices)
             if source_full != full or stored.dtype != made.tensor.dtype:
-                return f"is {list(full)} {made.tensor.dtype} as a whole, but {list(source_full)} {stored.dtype} in the source"
+                before = f"{list(source_full)} {stored.dtype}"
+                return f"is {list(full)} {made.tensor.dtype} as a whole, but {before} in the source"
             common = place.intersect(source_box) if place.size else place
             if common is None or seen[common.relative_to(place.offset).slices()].all():
                 continue

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import oracle
 from hypothesis import strategies as st
 
+from auto_trans.conversion import plan_conversion
 from auto_trans.core.layout import Layout
+from auto_trans.core.plan import make_plan
+from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
+from auto_trans.core.tensor import SourceFile
+from auto_trans.request import Request
+from auto_trans.storage.sources import as_strategy
 
 
 @st.composite
@@ -27,9 +34,9 @@ def layouts(draw):
     shards = draw(st.sampled_from([k for k in range(1, plain.replicas + 1) if plain.replicas % k == 0]))
     if shards == 1:
         return plain
-    owners = plain.owners((0,) * ndim)
+    owners = plain.owners((0,) * ndim)  # MindSpore writes their mean distance, also where they are not evenly spaced
     size = -1 if shards == plain.replicas and draw(st.booleans()) else shards
-    return Layout(dev_matrix, plain.tensor_map, size, owners[1] - owners[0])
+    return Layout(dev_matrix, plain.tensor_map, size, (owners[-1] - owners[0]) // (len(owners) - 1))
 
 
 @st.composite
@@ -42,8 +49,10 @@ def conversions(draw):
     return source, target, np.arange(math.prod(shape)).reshape(shape)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Meta:
+    """What the head of a file would tell of a tensor."""
+
     shape: tuple
     dtype: str = "Float32"
 
@@ -55,9 +64,13 @@ class Meta:
     def nbytes(self):
         return 4 * math.prod(self.shape)
 
+    @property
+    def segments(self):
+        return ((0, self.nbytes),)
+
 
 class Index:
-    """A source in memory: rank -> parameter -> array."""
+    """The heads of a source in memory: rank -> parameter -> array."""
 
     def __init__(self, held):
         self.held = held
@@ -66,8 +79,21 @@ class Index:
     def tensors(self, rank):
         return {name: Meta(array.shape) for name, array in self.held[rank].items()}
 
+    def file(self, rank, name):
+        return SourceFile(self.describe(rank), 0, 0, rank)
+
     def describe(self, rank):
         return f"rank_{rank}/x.ckpt"
+
+
+def source_of(strategy, index):
+    """A source in memory, from its heads or from what its ranks hold."""
+    return SlicedSource(strategy, index if isinstance(index, Index) else Index(index))
+
+
+def plan_of(source, target, index, ranks=None, **options):
+    """The plan of a source in memory."""
+    return make_plan(source_of(source, index), target, ranks, **options)
 
 
 def strategy(parameters, stages=1, origin="strategy"):
@@ -90,6 +116,16 @@ def hold(full, strategy):
             elif not strategy.lists(name):
                 held[rank][name] = array
     return held
+
+
+def request(src, dst, source=None, target=None, **options):
+    """A request; strategies may be paths, nothing means complete."""
+    return Request(Path(src), Path(dst), as_strategy(source), as_strategy(target), **options)
+
+
+def planned(src, dst, source=None, target=None, **options):
+    """A planned conversion."""
+    return plan_conversion(request(src, dst, source, target, **options))
 
 
 def save(folder, held, dtype=np.float32):

@@ -14,19 +14,17 @@ import time
 import numpy as np
 import oracle
 import pytest
-from builders import conversions, hold, large_source, load, save, strategy
+from builders import conversions, hold, large_source, load, planned, save, strategy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import auto_trans.storage.formats.ckpt as ckpt
 from auto_trans import convert
-from auto_trans.conversion import Conversion, prepare
 from auto_trans.core.layout import Layout
 from auto_trans.errors import ConfigError, InsufficientDiskError, OutputExistsError, SourceChangedError
 from auto_trans.storage import capacity as resources
 from auto_trans.storage import files as publish
 from auto_trans.storage.manifest import MANIFEST_NAME
-from auto_trans.storage.sources import find_checkpoints
 
 
 @given(conversions(), st.integers(16, 200), st.integers(5, 300), st.sampled_from([np.int8, np.float16, np.int64]))
@@ -42,15 +40,11 @@ def test_any_chunks_and_any_memory_give_the_same_bytes(tmp_path_factory, monkeyp
         patch.setattr(ckpt, "CHUNK_BYTES", chunk)
         copied = {}
         for rank in range(a.world_size):  # the same source again, in chunks
-            (found,) = find_checkpoints(folder / "whole" / f"rank_{rank}")
-            Conversion(found, folder / f"c{rank}", strategy({"w": Layout((1,))}), strategy({"w": Layout((1,))})).run(
-                quiet=True
-            )
+            planned(folder / "whole" / f"rank_{rank}", folder / f"c{rank}").run(quiet=True)
             copied[rank] = folder / f"c{rank}" / "rank_0" / "checkpoint_0.ckpt"
             (folder / "chunked" / f"rank_{rank}").mkdir(parents=True)
             copied[rank].rename(folder / "chunked" / f"rank_{rank}" / f"n_rank_{rank}-1_1.ckpt")
-        (found,) = find_checkpoints(folder / "chunked")
-        Conversion(found, folder / "out", a, b, memory_limit=memory).run(quiet=True)
+        planned(folder / "chunked", folder / "out", a, b, memory_limit=memory).run(quiet=True)
     for rank, tensors in hold({"w": full}, b).items():
         got = load(folder / "out", rank, dtype)["w"]
         assert np.array_equal(got, tensors["w"].astype(dtype))
@@ -182,10 +176,9 @@ def test_missing_rank_folder_whose_slices_another_rank_holds(genuine, tmp_path):
 def test_source_that_changes_meanwhile_is_noticed(tmp_path):
     a, b = strategy({"w": Layout((2,), ((0,),))}), strategy({"w": Layout((2,))})
     source = save(tmp_path / "src", hold({"w": np.arange(64)}, a))
-    (found,) = find_checkpoints(source)
-    conversion = Conversion(found, tmp_path / "out", a, b)
+    conversion = planned(source, tmp_path / "out", a, b)
     save(tmp_path / "src", hold({"w": np.arange(64) + 1}, a))
-    os.utime(found.files[1], ns=(1, 1))
+    os.utime(conversion.checkpoint.files[1][0], ns=(1, 1))
     with pytest.raises(SourceChangedError, match="was written to while"):
         conversion.run(quiet=True)
     assert not list((tmp_path / "out").rglob("*.ckpt"))
@@ -262,14 +255,13 @@ def test_killed_half_way_only_what_is_missing_is_done_again(tmp_path):
 
 def test_converters_beside_each_other_need_disk_for_every_file_once(genuine, tmp_path, monkeypatch):
     weights = genuine.model("mf_llama")
-    options = {"dst_strategy": weights.strategy("dp4mp2"), "ranks": [0, 1]}
-    conversion = prepare(genuine.complete("mf_llama"), tmp_path, **options)
-    first, second = (conversion.file_size(file) for file in conversion.plan.files)
+    conversion = planned(genuine.complete("mf_llama"), tmp_path, None, weights.strategy("dp4mp2"), ranks=(0, 1))
+    first, second = (conversion.target.size(file) for file in conversion.files)
     monkeypatch.setattr(resources, "free_disk", lambda folder: first + second)
-    conversion.check(part=1 / 2, files=conversion.plan.files[:1])
+    conversion.check(part=1 / 2, files=conversion.files[:1])
     conversion.check()
     with pytest.raises(InsufficientDiskError):
-        conversion.check(part=1 / 4, files=conversion.plan.files[:1])
+        conversion.check(part=1 / 4, files=conversion.files[:1])
     conversion.check(part=1 / 4, files=[])
 
 

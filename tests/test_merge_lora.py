@@ -13,9 +13,10 @@ import pytest
 from builders import hold, strategy
 
 import auto_trans
+from auto_trans.core.edits import find_pairs, is_lora
 from auto_trans.core.layout import Layout
 from auto_trans.errors import ConfigError, OutputExistsError, PlanError
-from auto_trans.merge_lora import find_pairs, is_lora, merge_lora, parse_scaling
+from auto_trans.merge_lora import merge_lora, parse_scaling
 
 RNG = np.random.default_rng(11)
 OUT, IN, RANK = 24, 16, 4
@@ -157,7 +158,7 @@ def test_what_is_missing_is_named(tmp_path, drop, message):
     held = tuned()
     del held[drop]
     with pytest.raises(PlanError, match=message):
-        merge_lora(save(tmp_path / "tuned.ckpt", held), tmp_path / "out")
+        merge_lora(save(tmp_path / "tuned.ckpt", held), tmp_path / "out", scaling=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -167,24 +168,45 @@ def test_shapes_that_do_not_multiply_are_named(tmp_path):
         PlanError,
         match=r"lora_b \[24, 4\] times w1\.mindpet_delta_lora_a \[5, 16\] does not give w1\.weight \[24, 16\]",
     ):
-        merge_lora(save(tmp_path / "tuned.ckpt", held), tmp_path / "out")
+        merge_lora(save(tmp_path / "tuned.ckpt", held), tmp_path / "out", scaling=2)
 
 
 def test_source_without_lora_and_integer_weights_are_refused(tmp_path):
     with pytest.raises(PlanError, match="holds no LoRA parameters"):
-        merge_lora(save(tmp_path / "a.ckpt", {"w.weight": np.ones((2, 2), np.float32)}), tmp_path / "out")
+        merge_lora(save(tmp_path / "a.ckpt", {"w.weight": np.ones((2, 2), np.float32)}), tmp_path / "out", scaling=2)
     held = {**tuned(), "w1.weight": np.zeros((OUT, IN), np.int32)}
     with pytest.raises(PlanError, match=r"w1\.weight is of type Int32"):
-        merge_lora(save(tmp_path / "b.ckpt", held), tmp_path / "out")
+        merge_lora(save(tmp_path / "b.ckpt", held), tmp_path / "out", scaling=2)
 
 
-def test_folder_that_is_not_empty_is_refused(tmp_path):
+def test_files_of_something_else_are_not_overwritten(tmp_path):
     source = save(tmp_path / "tuned.ckpt", tuned())
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(OutputExistsError, match="not an empty folder"):
-        merge_lora(source, tmp_path / "out")
-    assert [f.name for f in (tmp_path / "out").iterdir()] == ["mine"]
+    (tmp_path / "out" / "rank_0").mkdir(parents=True)
+    (tmp_path / "out" / "rank_0" / "checkpoint_0.ckpt").write_text("precious")
+    with pytest.raises(OutputExistsError, match=r"checkpoint_0\.ckpt is there already"):
+        merge_lora(source, tmp_path / "out", scaling=2)
+    assert (tmp_path / "out" / "rank_0" / "checkpoint_0.ckpt").read_text() == "precious"
+
+
+def test_same_merge_again_is_reused_and_another_scaling_refused(tmp_path):
+    source = save(tmp_path / "tuned.ckpt", tuned())
+    assert merge_lora(source, tmp_path / "out", scaling=2).converted == (0,)
+    assert merge_lora(source, tmp_path / "out", scaling="16/8").reused == (0,)
+    with pytest.raises(OutputExistsError, match="was not made by this conversion"):
+        merge_lora(source, tmp_path / "out", scaling=3)
+
+
+def test_scaling_must_be_given_to_the_command_and_the_script_says_what_it_takes(tmp_path, bin_folder):
+    held = tuned()
+    source = save(tmp_path / "tuned.ckpt", held)
+    command = [bin_folder / "auto-trans", "merge-lora", source, tmp_path / "a"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 2 and "--scaling" in done.stderr and not (tmp_path / "a").exists()
+    script = [sys.executable, "-m", "auto_trans.tools.transform_ckpt_lora"]
+    flags = ["--src_ckpt_path_or_dir", source, "--dst_ckpt_dir", tmp_path / "b"]
+    done = subprocess.run([*script, *map(str, flags)], capture_output=True, text=True, check=True)
+    assert "--lora_scaling is not given; 1 is used" in done.stderr
+    check(load(tmp_path / "b", 0), expected(held, 1.0))
 
 
 @pytest.mark.parametrize("text, value", [("2", 2.0), (0.5, 0.5), ("16/8", 2.0), (" 8 / 16 ", 0.5), ("1e-1", 0.1)])
@@ -218,8 +240,10 @@ def test_drop_in_script_and_command(tmp_path, bin_folder):
     subprocess.run(list(map(str, command)), check=True)
     assert load(tmp_path / "a", 0).keys() == load(tmp_path / "b", 0).keys()
     check(load(tmp_path / "b", 0), expected(held, 2.0))
+    flags[-1] = "16/4"
     failed = subprocess.run([sys.executable, str(script), *map(str, flags)], capture_output=True, text=True)
-    assert failed.returncode == 1 and "is not an empty folder" in failed.stderr and "Traceback" not in failed.stderr
+    assert failed.returncode == 1 and "is there already" in failed.stderr and "Traceback" not in failed.stderr
+    assert "--dst_ckpt_dir" in failed.stderr
 
 
 LLAMA = """

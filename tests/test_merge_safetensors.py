@@ -204,7 +204,7 @@ def test_metadata_win_over_the_flag_with_a_warning(genuine, tmp_path, caplog, sa
 
 def test_folder_that_is_not_empty_and_missing_strategy_are_refused(genuine, tmp_path):
     source = save(tmp_path / "src", slices(genuine, "dp1mp2"))
-    with pytest.raises(OutputExistsError, match="not an empty folder"):
+    with pytest.raises(OutputExistsError, match="src is there already"):
         merge_safetensors(source, tmp_path, genuine.model("mf_llama").strategy("dp1mp2"))
     with pytest.raises(ConfigError, match="needs the strategy"):
         merge_safetensors(source, tmp_path / "out", None)
@@ -236,8 +236,9 @@ def test_drop_in_script_and_command(genuine, tmp_path, bin_folder):
     assert done.stdout.splitlines()[-1] == str(tmp_path / "a")
     check(genuine, tmp_path / "a")
     assert auto_trans.read_strategy(strategy / "merged_ckpt_strategy.ckpt").world_size == 8, "merged anew"
-    again = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert again.returncode == 1 and "is not an empty folder" in again.stderr
+    other = [*command, "--max_shard_size", "100KB"]
+    again = subprocess.run(list(map(str, other)), capture_output=True, text=True)
+    assert again.returncode == 1 and "is there already" in again.stderr and "--tmp_dir" in again.stderr
     missing = subprocess.run(list(map(str, command[:6])), capture_output=True, text=True)
     assert missing.returncode == 2 and "--tmp_dir" in missing.stderr
     command = [bin_folder / "auto-trans", "merge-safetensors", source, tmp_path / "b", "--src-strategy", strategy]

@@ -139,18 +139,19 @@ class _Sorter:
                 f"(«dst_strategy»), or have every rank hold them whole with «allow_extra»"
             )
 
-    def _check_carried(self, names: Sequence[str], absent: Sequence[str]) -> None:
-        wrong = [name for name in names if not _matches(name, self._allowed.extra) and self._is_weight(name)]
-        if not wrong:
-            return
+    def _check_carried(self, names: Iterable[str], absent: Iterable[str]) -> None:
+        names = [name for name in names if not _matches(name, self._allowed.extra)]
+        wrong = [name for name in names if self._is_weight(name)]
         siblings = [name for name in wrong if _kind(name) in self._listed_kinds]
-        text = f"{self._origins()} does not list parameter {some(wrong, 5)}, which the source holds"
         lacking = [name for name in absent if not is_optimizer_state(name)]
-        if lacking and self._source.strategy.is_complete and not siblings:
+        strange = [name for name in names if self._is_array(name) and not _BUFFER.search(name)]
+        if self._source.strategy.is_complete and lacking and strange and not siblings:
             raise PlanError(
-                f"the source holds {some(wrong)}, which {self._origins()} does not list, and lacks {some(lacking)}, which "
+                f"the source holds {some(strange)}, which {self._origins()} does not list, and lacks {some(lacking)}, which "
                 f"it lists; they are of another model"
             )
+        if not wrong:
+            return
         because = " though it lists the same parameter of other layers" if siblings else ""
         hint = ""
         if any(strategy.stages == 1 and _lists_gradients(strategy) for strategy in self._strategies):
@@ -158,21 +159,26 @@ class _Sorter:
         stages = "; ".join(f"{strategy.origin} describes {_stages(strategy)}" for strategy in self._strategies)
         setting = "«dst_strategy»" if not self._target.is_complete else "«src_strategy»"
         raise PlanError(
-            f"{text}{because}: every rank would get them whole beside sliced ones. {stages}{hint}. Give the strategy files "
-            f"of all pipeline stages ({setting}: the folder with the files of all nodes, or the merged file), or, if no graph "
-            f"uses these parameters, allow them with «allow_extra»"
+            f"{self._origins()} does not list parameter {some(wrong, 5)}, which the source holds{because}: every rank would "
+            f"get them whole beside sliced ones. {stages}{hint}. Give the strategy files of all pipeline stages ({setting}: "
+            f"the folder with the files of all nodes, or the merged file), or, if no graph uses these parameters, allow "
+            f"them with «allow_extra»"
         )
 
     def _is_weight(self, name: str) -> bool:
         """Whether a parameter that no strategy lists is a weight, or the optimizer state of one."""
         if _kind(name) in self._listed_kinds or is_optimizer_state(name):
             return True
-        shape = self._source.tensor(self._recipes[name].source).shape
-        if math.prod(shape) <= 1:
+        if not self._is_array(name):
             return False
         if name.partition(".")[2] in self._recipes or any(f"{state}.{name}" in self._recipes for state in _STATES):
             return True
-        return bool(_WEIGHT.search(name)) or (len(shape) > 1 and not _BUFFER.search(name))
+        is_matrix = len(self._source.tensor(self._recipes[name].source).shape) > 1
+        return bool(_WEIGHT.search(name)) or (is_matrix and not _BUFFER.search(name))
+
+    def _is_array(self, name: str) -> bool:
+        """Whether a parameter has more than one element."""
+        return math.prod(self._source.tensor(self._recipes[name].source).shape) > 1
 
     def _absent(self) -> tuple[str, ...]:
         """What the target lists, or for a complete target what the source strategy lists, and the source does not hold."""
@@ -193,13 +199,13 @@ class _Sorter:
         if wrong:
             raise PlanError(
                 f"the source lacks parameter {some(wrong, 5)}, though it holds the same parameter of other layers: a part "
-                f"of the checkpoint is missing, or {self._origins()} is of a deeper model; copy the rank folders and strategy "
-                f"files of all pipeline stages to the source, or, if the model shall keep its initial values there, allow "
-                f"it with «allow_missing»"
+                f"of the checkpoint is missing, or {self._origins()} is of a deeper model; copy the rank folders and "
+                f"strategy files of all pipeline stages to the source, or, if the model shall keep its initial values "
+                f"there, allow it with «allow_missing»"
             )
 
     def _warnings(self, carried: Iterable[str]) -> Iterable[str]:
-        arrays = [n for n in carried if math.prod(self._source.tensor(self._recipes[n].source).shape) > 1]
+        arrays = [name for name in carried if self._is_array(name)]
         if arrays:
             yield f"in no strategy, every rank gets the whole of {some(arrays, 10)}"
         for strategy in self._strategies:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from auto_trans.config import YAML_KEYS, AutoTransConfig, Timing
+from auto_trans.config import YAML_KEYS, Timing
 from auto_trans.coordination.lock import OutputLock
 from auto_trans.coordination.session import Session, job_key
 from auto_trans.core.tensor import Shape

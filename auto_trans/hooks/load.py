@@ -1,7 +1,7 @@
 """The wrappers of what MindFormers does with a job's settings: checking them, and loading its weights.
 
-MindFormers keeps what it does well: compiling, ``only_save_strategy`` and the final load. The settings are checked before the
-graph is compiled, which can take an hour, and told to what MindFormers calls in between.
+MindFormers keeps what it does well: compiling, ``only_save_strategy`` and the final load. The settings are checked before
+the graph is compiled, which can take an hour, and told to what MindFormers calls in between.
 """
 
 from __future__ import annotations

@@ -103,12 +103,21 @@ class TransformCkpt:
         ranks = [assignment.rank for assignment in self.assignments]
         common = json.dumps([Path(settings.load_checkpoint).name, ranks, settings.engine, prefix])
         with job.session("convert", common, settings.timing) as session:
+            by_rank = settings.transform_by_rank or len(ranks) > 1
             request = Request(
-                Path(settings.load_checkpoint), job.transformed_dir, as_strategy(settings.src_strategy), Strategy.complete(),
-                allowed=Allowed(settings.allow_extra, settings.allow_missing), prefix=prefix, format="ckpt", resume_file=settings.resume_file,
-                engine=settings.engine, by_rank=job.world_size > 1 and (settings.transform_by_rank or len(ranks) > 1),
-                memory_limit=settings.memory_limit, network=running.network if running is not None else {},
-            )  # fmt: skip
+                Path(settings.load_checkpoint),
+                job.transformed_dir,
+                as_strategy(settings.src_strategy),
+                Strategy.complete(),
+                allowed=Allowed(settings.allow_extra, settings.allow_missing),
+                prefix=prefix,
+                format="ckpt",
+                resume_file=settings.resume_file,
+                engine=settings.engine,
+                by_rank=by_rank and job.world_size > 1,
+                memory_limit=settings.memory_limit,
+                network=running.network if running is not None else {},
+            )
             shared = SharedConversion(
                 request, job.strategy_dir, lambda: read_compiled_strategy(job), job.output / REPORT_NAME, self.assignments,
                 settings.timing,

@@ -1,7 +1,7 @@
 """Which step of a distributed checkpoint is taken: the same of every rank.
 
-Pure: works on the names of the files, ``{prefix}_rank_{rank}[_{task}]-{epoch}_{step}.ckpt`` as MindFormers' CheckpointMonitor
-writes them.
+Pure: works on the names of the files, ``{prefix}_rank_{rank}[_{task}]-{epoch}_{step}.ckpt`` as MindFormers'
+CheckpointMonitor writes them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def choose_step(candidates: Candidates, step: str) -> dict[int, list[Path]]:
             chosen[rank] = [file for file in files if file.stem.endswith(step)]
         if not chosen[rank]:
             raise CheckpointNotFoundError(
-                f"{files[0].parent} holds no file of step {step} («step»); there are {', '.join(f.name for f in files)}"
+                f"{files[0].parent} holds no file of step {step}; there are {', '.join(f.name for f in files)} («step»)"
             )
     return chosen
 

@@ -8,7 +8,8 @@ from builders import layouts
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auto_trans.core.layout import Box, Layout, split_box
+from auto_trans.core.layout import Layout
+from auto_trans.core.tensor import Box, split_box
 from auto_trans.errors import LayoutError
 
 

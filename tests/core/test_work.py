@@ -3,14 +3,13 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
-from builders import Index, hold, strategy
+from builders import Index, hold, plan_of, strategy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_trans.coordination.election import elect
 from auto_trans.core.layout import Layout
-from auto_trans.core.plan import plan_conversion
-from auto_trans.core.work import assign_writers, loads, split_ranks
+from auto_trans.core.work import assign_writers, share_out, split_files
 
 REPLICATED = {"w": Layout((4, 2), ((0,), ())), "norm": Layout((4, 2), ((),))}  # dp4 mp2
 DISTINCT = {"w": Layout((4, 2), ((0,), ()), 4, 2), "norm": Layout((4, 2), ((),))}  # its optimizer shard
@@ -19,7 +18,7 @@ FULL = {"w": np.arange(64).reshape(16, 4), "norm": np.arange(4)}
 
 def planned(layouts):
     source = strategy({name: Layout((1,)) for name in layouts})
-    return plan_conversion(source, strategy(layouts), Index(hold(FULL, source)))
+    return plan_of(source, strategy(layouts), Index(hold(FULL, source)))
 
 
 @st.composite
@@ -56,7 +55,7 @@ def test_ranks_that_nobody_converts_have_no_writer():
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([REPLICATED, DISTINCT]))
 def test_loads_add_up_to_the_plan(number, layouts):
     plan = planned(layouts)
-    found = loads(plan, [assignment.slices for assignment in elect(8, number)])
+    found = share_out(plan, [assignment.slices for assignment in elect(8, number)])
     assert len(found) == number
     assert sum(load.written for load in found) == plan.nbytes
     assert sum(load.linked for load in found) == 8 - len(plan.files)
@@ -64,11 +63,14 @@ def test_loads_add_up_to_the_plan(number, layouts):
 
 
 def test_what_several_files_of_a_converter_need_is_read_once():
-    (one,) = loads(planned(DISTINCT), [range(8)])
+    (one,) = share_out(planned(DISTINCT), [range(8)])
     assert one.read == FULL["w"].size * 4 + FULL["norm"].size * 4
     assert one.written == FULL["w"].size * 4 + 8 * FULL["norm"].size * 4
 
 
 def test_processes_get_whole_groups_of_replicas_and_even_work():
-    assert split_ranks(planned(REPLICATED), 3) == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    assert [len(ranks) for ranks in split_ranks(planned(DISTINCT), 4)] == [2, 2, 2, 2]
+    assert [[file.ranks for file in files] for files in split_files(planned(REPLICATED).files, 3)] == [
+        [(0, 2, 4, 6)],
+        [(1, 3, 5, 7)],
+    ]
+    assert [len(files) for files in split_files(planned(DISTINCT).files, 4)] == [2, 2, 2, 2]

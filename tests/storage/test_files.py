@@ -19,7 +19,7 @@ def make(tmp_path):
 
 def chosen(path, **options):
     (found,) = find_checkpoints(path, **options)
-    return {rank: file.name for rank, file in found.files.items()}
+    return {rank: file.name for rank, (file,) in found.files.items()}
 
 
 def test_latest_step_is_chosen_by_number(make):

@@ -6,11 +6,12 @@ import os
 import pytest
 import xxhash
 
+from auto_trans.core.plan import FilePlan
 from auto_trans.errors import InsufficientDiskError, OutputError
 from auto_trans.storage import files as publish
 from auto_trans.storage.files import NewFile, Publisher, new_file, replicate
 from auto_trans.storage.formats import FORMATS
-from auto_trans.storage.targets import TargetFolder
+from auto_trans.storage.targets import RankFolders
 
 
 def test_file_appears_only_complete_and_is_digested(tmp_path):
@@ -85,7 +86,10 @@ def test_replica_is_a_copy_where_links_do_not_work(tmp_path, monkeypatch):
 
 
 def target_of(folder):
-    return TargetFolder(folder, "checkpoint_", FORMATS["ckpt"], "inputs", 2)
+    return RankFolders(folder, FORMATS["ckpt"], "request", 2, prefix="checkpoint_")
+
+
+FILE = FilePlan((0, 1), ())
 
 
 def test_file_is_on_record_before_it_bears_its_name(tmp_path, monkeypatch):
@@ -102,10 +106,10 @@ def test_file_is_on_record_before_it_bears_its_name(tmp_path, monkeypatch):
     out = NewFile(tmp_path / "rank_0" / "checkpoint_0.ckpt")
     out.write(b"weights")
     with pytest.raises(KeyboardInterrupt):
-        target_of(tmp_path).publish(out, [0, 1])
-    assert named == ["pending_rank_0.json", "checkpoint_0.ckpt"]
+        target_of(tmp_path).publish(out, FILE)
+    assert named == ["pending_rank_0_checkpoint_0.ckpt.json", "checkpoint_0.ckpt"]
     again = target_of(tmp_path)
-    again.check_not_foreign(0)
+    again.check([FILE])
     assert again.done(0) is not None and again.done(1) is None
 
 
@@ -116,11 +120,11 @@ def test_replicas_have_the_record_of_their_original_link_or_copy(tmp_path, monke
     for folder in (tmp_path / "linked", tmp_path / "copied"):
         out = NewFile(folder / "rank_0" / "checkpoint_0.ckpt")
         out.write(b"weights")
-        records = target_of(folder).publish(out, [0, 1])
+        records = target_of(folder).publish(out, FILE)
         assert [(r.rank, r.file) for r in records] == [(n, f"rank_{n}/checkpoint_{n}.ckpt") for n in (0, 1)]
         again = target_of(folder)
         assert [again.done(0), again.done(1)] == records
-        assert again.manifest.finish() and sorted(p.name for p in folder.iterdir())[1:] == ["rank_0", "rank_1"]
+        assert again.finish() and sorted(p.name for p in folder.iterdir())[1:] == ["rank_0", "rank_1"]
         monkeypatch.setattr(publish.os, "link", no_links)
 
 
