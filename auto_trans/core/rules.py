@@ -25,7 +25,8 @@ __all__ = ["NOTHING", "Allowed", "Sorting", "check_heads", "check_network", "che
 # Tables and masks that models hold beside their weights, and that a graph may not use.
 _BUFFER = re.compile(r"(?:^|[._])(?:freqs?|rope|rotary|inv_freq|cos|sin|masks?|position_ids|alibi|cached?)(?=$|[._\d])")
 _WEIGHT = re.compile(r"(?:^|[._])(?:weight|bias|gamma|beta|kernel|embedding|table)$")
-_NUMBER = re.compile(r"\d+")
+# that of a layer or an expert; the 1 of w1 is none
+_NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
 
 @dataclass(frozen=True)
@@ -312,7 +313,7 @@ def _contradiction(source: Source, name: str, other: str) -> PlanError:
 
 
 def _kind(name: str) -> str:
-    """The name without its numbers: the same in every layer."""
+    """The name without the number of its layer: the same in every layer."""
     return _NUMBER.sub("#", name)
 
 
