@@ -150,13 +150,10 @@ class Gathering:
         self.id = uuid.uuid4().hex
         self._root, self._directory, self._world_size = root, root / self.id, world_size
         self._doubt = Pace(clock, _LISTING_SECONDS)
-        self._started = False
         write_json(root / _OFFER, {"id": self.id})
 
     def look(self) -> None:
         """Looks who is present; starts the session if all are."""
-        if self._started:
-            return
         missing = _missing(self._directory, self._world_size)
         if missing and self._doubt.due():
             missing = [rank for rank in missing if _present(self._directory, rank) is None]
@@ -180,7 +177,6 @@ class Gathering:
                 "difference": _difference(members),
             },
         )
-        self._started = True
 
 
 class Arrival:

@@ -89,6 +89,7 @@ def test_second_run_in_the_same_directory_has_a_session_of_its_own(together, tmp
     second = directory_of(together(after={0: 5.0}))
     assert first != second
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([second.name, "offer.json"]), "the first is removed"
+    assert (second / "present_rank_0.json").exists()
 
 
 @pytest.mark.parametrize("late", range(4))
@@ -176,11 +177,23 @@ def test_files_of_another_version_are_an_error_that_says_so(world, tmp_path):
         arrival.look()
 
 
-@pytest.mark.parametrize("offer", [{"id": 3}, {"id": "../../etc"}, {}])
+@pytest.mark.parametrize("offer", [{"id": 3}, {"id": "../elsewhere"}, {}])
 def test_offer_that_is_none_is_not_followed(world, tmp_path, offer):
     write_json(tmp_path / "root" / "offer.json", offer)
     assert arriving(world, tmp_path / "root", 1).look() is None
-    assert [p.name for p in (tmp_path / "root").iterdir()] == ["offer.json"]
+    assert [p.name for p in tmp_path.rglob("*")] == ["root", "offer.json"]
+
+
+def test_rank_whose_file_is_not_whole_yet_is_waited_for(world, tmp_path):
+    gathering = Gathering(tmp_path, 2, world.clock)
+    arriving(world, tmp_path, 0).look()
+    (tmp_path / gathering.id / "present_rank_1.json").write_text('{"nonce": ')
+    gathering.look()
+    assert not (tmp_path / gathering.id / "started.json").exists()
+    arrival = arriving(world, tmp_path, 1)
+    arrival.look()
+    gathering.look()
+    assert isinstance(arrival.look(), Joined)
 
 
 def test_directory_that_cannot_be_written_is_named(world, tmp_path):
