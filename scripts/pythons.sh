@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the fast tests on every CPython from 3.9 on that this machine has, each in a virtual environment of its own with
-# nothing but the base install: no MindSpore. Prints a table; fails if one fails. Arguments go to pytest; those of
-# `-m "not mindspore and not trainer"` run the slow ones too that need no MindSpore.
+# nothing but the base install: no MindSpore. Prints a table; fails if one fails. Arguments go to pytest:
+# -m "not mindspore and not trainer" runs the slow tests too that need no MindSpore.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -21,6 +21,10 @@ candidates() { # one interpreter a line
 version() { # of an interpreter, if it is a CPython from 3.9 on; a shim of pyenv may stand for nothing
     "$1" -c 'import sys; v = sys.version_info
 if sys.implementation.name == "cpython" and v >= (3, 9): print("%d.%d.%d" % v[:3])' 2>/dev/null
+}
+
+count() { # word: how many pytest's last line tells of it
+    grep -oE "[0-9]+ $1" <<<"$summary" | grep -oE '[0-9]+' || echo 0
 }
 
 declare -A found
@@ -52,8 +56,8 @@ for number in $(printf '%s\n' "${!found[@]}" | sort -V); do
         result=FAILED summary="cannot be installed"
     fi
     [ "$result" = ok ] || failed=1
-    count() { grep -oE "[0-9]+ $1" <<<"$summary" | grep -oE '[0-9]+' || echo 0; }
-    rows+=("$(printf '%-10s %8s %8s %8s %7s  %s' "$number" "$(count passed)" "$(count failed)" "$(count skipped)" "$((SECONDS - begin)) s" "$result")")
+    rows+=("$(printf '%-10s %8s %8s %8s %7s  %s' "$number" "$(count passed)" "$(count failed)" "$(count skipped)" \
+        "$((SECONDS - begin)) s" "$result")")
 done
 
 echo

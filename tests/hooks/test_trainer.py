@@ -11,7 +11,6 @@ import numpy as np
 import oracle
 import pytest
 import safetensors.numpy
-from compile_stand_in import write_strategy_files
 
 from auto_trans.hooks.transform import REPORT_NAME
 from auto_trans.merge_safetensors import merge_safetensors
@@ -109,6 +108,8 @@ MONITOR = "{type: CheckpointMonitor, prefix: tiny, save_checkpoint_steps: 4, int
 
 def test_weights_that_checkpoint_monitor_removed_redundancy_from_are_merged(llama, tmp_path):
     """Four ranks save safetensors with remove_redundancy: every parameter lies with one of them only."""
+    from compile_stand_in import write_strategy_files
+
     monitor = (
         f"callbacks=[{{type: MFLossMonitor}}, {MONITOR}, checkpoint_format: safetensors, remove_redundancy: True}}]"
     )
