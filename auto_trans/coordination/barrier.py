@@ -12,9 +12,9 @@ from typing import Any, Callable, Optional, TypeVar
 from auto_trans.config import Timing
 from auto_trans.coordination.board import read_json, write_json
 from auto_trans.coordination.clock import SYSTEM_CLOCK, Clock
-from auto_trans.coordination.process import Process
 from auto_trans.errors import RankLostError
 from auto_trans.log import logger
+from auto_trans.process import Process
 
 __all__ = ["Heartbeat", "PulseMonitor", "spread", "wait_until"]
 

@@ -27,9 +27,9 @@ from auto_trans.coordination.barrier import wait_until
 from auto_trans.coordination.board import read_json, write_json
 from auto_trans.coordination.clock import SYSTEM_CLOCK, Clock, Pace
 from auto_trans.coordination.election import LEADER
-from auto_trans.coordination.process import Process
 from auto_trans.errors import CoordinationError, JoinTimeoutError, OutputBusyError
 from auto_trans.log import logger
+from auto_trans.process import Process
 
 __all__ = ["Arrival", "Gathering", "Joined", "Member", "join"]
 

@@ -11,8 +11,8 @@ from auto_trans.config import DEFAULT_TIMING
 from auto_trans.coordination.barrier import wait_until
 from auto_trans.coordination.board import read_json, write_json
 from auto_trans.coordination.clock import SYSTEM_CLOCK, Clock
-from auto_trans.coordination.process import Process
 from auto_trans.errors import OutputBusyError, OutputError
+from auto_trans.process import Process
 
 __all__ = ["OutputLock"]
 

@@ -24,11 +24,10 @@ from auto_trans.coordination.board import Board, Failure
 from auto_trans.coordination.clock import SYSTEM_CLOCK, Clock, Pace
 from auto_trans.coordination.election import LEADER
 from auto_trans.coordination.joining import Joined, join
-from auto_trans.coordination.lock import OutputLock  # until hooks/job.py takes it from there
 from auto_trans.errors import OutputError, RankFailedError, RankLostError
 from auto_trans.log import logger
 
-__all__ = ["LEADER", "OutputLock", "Session", "job_key"]
+__all__ = ["LEADER", "Session", "job_key"]
 
 # What the ranks of one launch have in common, and two launches at the same time do not.
 _LAUNCH_VARIABLES = ("MS_SCHED_HOST", "MS_SCHED_PORT", "RANK_TABLE_FILE", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
@@ -141,8 +140,6 @@ class Session:
             return f"{', '.join(late[:8])}{more} to {what}"
 
         return wait_until(look, self._timing, waiting_for=waiting_for, clock=self._clock)
-
-    publish, await_published = post, await_posts  # until the callers use the new names
 
     def _check(self, monitor: PulseMonitor, rank: int, debts: _Debts) -> None:
         """Looks whether a rank is lost that still owes something."""

@@ -62,8 +62,8 @@ def clear_auto_trans_output(
         if load_ckpt_format == "ckpt":
             _check_source(session, config)
         session.post(f"checked_rank_{job.rank}", {})
-        session.await_posts({f"checked_rank_{r}": r for r in range(job.world_size)}, "check the source")
         if session.is_leader:
+            session.await_posts({f"checked_rank_{r}": r for r in range(job.world_size)}, "check the source")
             clean_folders(folders, [path for path in protected if path])
             logger.info("%s are emptied", " and ".join(str(folder) for folder in folders))
             session.post("cleared", {})

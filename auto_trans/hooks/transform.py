@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 from auto_trans.config import AutoTransConfig, parse_boolean, parse_npu_num
-from auto_trans.coordination.election import elect
+from auto_trans.coordination.election import Assignment, elect
 from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
+from auto_trans.core.tensor import Shape
 from auto_trans.errors import StrategyError, StrategyNotFoundError
 from auto_trans.hooks.job import Job, in_yaml_words
 from auto_trans.log import logger
@@ -18,7 +20,7 @@ from auto_trans.storage.sources import as_strategy
 from auto_trans.storage.strategies import read_strategy
 from auto_trans.together import REPORT_NAME, SharedConversion, convert_together
 
-__all__ = ["TransformCkpt", "read_compiled_strategy"]
+__all__ = ["TransformCkpt", "convert_for_job", "read_compiled_strategy"]
 
 
 class TransformCkpt:
@@ -94,36 +96,63 @@ class TransformCkpt:
         for name, value in (("dst_checkpoint_dir", dst_checkpoint_dir), ("dst_strategy", dst_strategy)):
             if value:
                 logger.warning("%s is not used with auto_trans_ckpt: True", name)
-        job, running = self._job, Job.running()
+        running = Job.running()
         known = {**running.settings} if running is not None else {}
         with in_yaml_words():
             settings = AutoTransConfig.from_settings(
                 {**known, **self._given, "src_strategy_path_or_dir": src_strategy}, src_checkpoint
             )
-        ranks = [assignment.rank for assignment in self.assignments]
-        common = json.dumps([Path(settings.load_checkpoint).name, ranks, settings.engine, prefix])
-        with job.session("convert", common, settings.timing) as session:
-            by_rank = settings.transform_by_rank or len(ranks) > 1
-            request = Request(
-                Path(settings.load_checkpoint),
-                job.transformed_dir,
-                as_strategy(settings.src_strategy),
-                Strategy.complete(),
-                allowed=Allowed(settings.allow_extra, settings.allow_missing),
-                prefix=prefix,
-                format="ckpt",
-                resume_file=settings.resume_file,
-                engine=settings.engine,
-                by_rank=by_rank and job.world_size > 1,
-                memory_limit=settings.memory_limit,
-                network=running.network if running is not None else {},
-            )
-            shared = SharedConversion(
-                request, job.strategy_dir, lambda: read_compiled_strategy(job), job.output / REPORT_NAME, self.assignments,
-                settings.timing,
-            )  # fmt: skip
-            convert_together(session, shared)
-        return str(job.transformed_dir)
+        network = running.network if running is not None else {}
+        convert_for_job(self._job, settings, self.assignments, prefix, network)
+        return str(self._job.transformed_dir)
+
+
+def convert_for_job(
+    job: Job,
+    settings: AutoTransConfig,
+    assignments: tuple[Assignment, ...],
+    prefix: str,
+    network: Mapping[str, Shape],
+) -> None:
+    """Converts the checkpoint of a job by all its ranks, which all call this.
+
+    Args:
+        job: The job.
+        settings: Its settings.
+        assignments: The converter ranks and their slices.
+        prefix: Beginning of the target files' names.
+        network: Parameter -> shape in the network that the weights are loaded into, where it is known.
+
+    Raises:
+        AutoTransError: The conversion failed here or on another rank.
+    """
+    ranks = [assignment.rank for assignment in assignments]
+    common = json.dumps([Path(settings.load_checkpoint).name, ranks, settings.engine, prefix])
+    with job.session("convert", common, settings.timing) as session:
+        by_rank = settings.transform_by_rank or len(ranks) > 1
+        request = Request(
+            Path(settings.load_checkpoint),
+            job.transformed_dir,
+            as_strategy(settings.src_strategy),
+            Strategy.complete(),
+            allowed=Allowed(settings.allow_extra, settings.allow_missing),
+            prefix=prefix,
+            format="ckpt",
+            resume_file=settings.resume_file,
+            engine=settings.engine,
+            by_rank=by_rank and job.world_size > 1,
+            memory_limit=settings.memory_limit,
+            network=network,
+        )
+        shared = SharedConversion(
+            request,
+            job.strategy_dir,
+            lambda: read_compiled_strategy(job),
+            job.output / REPORT_NAME,
+            assignments,
+            settings.timing,
+        )
+        convert_together(session, shared)
 
 
 def read_compiled_strategy(job: Job) -> Strategy:

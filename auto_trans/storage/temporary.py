@@ -7,18 +7,20 @@ import fcntl
 import itertools
 import os
 import re
-import socket
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
-import psutil
+import xxhash
+
+from auto_trans.process import Process
 
 __all__ = ["SILENT_SECONDS", "sweep", "temporary_name"]
 
-# .{file}.{host}-{pid}-{start time in ms}-{8 hex digits}.tmp
-_NAME = re.compile(r"^\..+\.(?P<host>[^/]*)-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp$")
+# .{file}.{digest of where the number counts}-{number}-{start} of the writer-{8 digits by chance}.tmp
+_NAME = re.compile(r"^\..+\.(?P<space>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp$")
 
 # Seconds without a write before the file of a process on another machine, or of an unknown one, is given up.
 SILENT_SECONDS = 24 * 3600.0
@@ -26,8 +28,9 @@ SILENT_SECONDS = 24 * 3600.0
 
 def temporary_name(path: Path) -> Path:
     """A new temporary name beside a file, which names this process."""
-    host = socket.gethostname()[:64].replace("/", "_")
-    return path.with_name(f".{path.name}.{host}-{os.getpid()}-{_started(os.getpid())}-{uuid.uuid4().hex[:8]}.tmp")
+    writer = Process.current()
+    mark = f"{_digest(writer.space)}-{writer.pid}-{writer.started}-{uuid.uuid4().hex[:8]}"
+    return path.with_name(f".{path.name}.{mark}.tmp")
 
 
 def sweep(folders: Iterable[Path]) -> list[Path]:
@@ -53,19 +56,14 @@ def sweep(folders: Iterable[Path]) -> list[Path]:
 
 
 def _is_abandoned(file: Path) -> bool:
-    match = _NAME.match(file.name)
-    if match and match["host"] == socket.gethostname()[:64].replace("/", "_"):
-        return _started(int(match["pid"])) != int(match["started"]) and _is_unlocked(file)
+    match, here = _NAME.match(file.name), Process.current()
+    if match and here.space and match["space"] == _digest(here.space):
+        return replace(here, pid=int(match["pid"]), started=int(match["started"])).is_dead() and _is_unlocked(file)
     return time.time() - file.stat().st_mtime > SILENT_SECONDS and _is_unlocked(file)
 
 
-def _started(pid: int) -> int:
-    """When a process was started, in milliseconds of the epoch; -1 if it is gone."""
-    try:
-        process = psutil.Process(pid)
-        return -1 if process.status() == psutil.STATUS_ZOMBIE else round(process.create_time() * 1000)
-    except psutil.NoSuchProcess:
-        return -1
+def _digest(space: str) -> str:
+    return xxhash.xxh3_64_hexdigest(space.encode())
 
 
 def _is_unlocked(file: Path) -> bool:

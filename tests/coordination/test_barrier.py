@@ -11,8 +11,8 @@ from auto_trans.config import Timing
 from auto_trans.coordination.barrier import Heartbeat, PulseMonitor, spread, wait_until
 from auto_trans.coordination.board import read_json
 from auto_trans.coordination.clock import Pace
-from auto_trans.coordination.process import Process
 from auto_trans.errors import RankLostError
+from auto_trans.process import Process
 
 TIMING = Timing(heartbeat_timeout=60, stall_timeout=180, log_interval=10)
 

@@ -7,8 +7,8 @@ import re
 import pytest
 
 from auto_trans.coordination.lock import OutputLock
-from auto_trans.coordination.process import Process
 from auto_trans.errors import OutputBusyError, OutputError
+from auto_trans.process import Process
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import pytest
 
 from auto_trans.config import Timing
 from auto_trans.coordination.joining import Joined
-from auto_trans.coordination.process import Process
 from auto_trans.coordination.session import Session, job_key
 from auto_trans.errors import RankFailedError, RankLostError
+from auto_trans.process import Process
 
 TIMING = Timing(heartbeat_timeout=60, stall_timeout=1800, log_interval=10, heartbeat_interval=3600)
 HERE = Process.current()

@@ -13,7 +13,7 @@ from pathlib import Path
 import oracle
 import pytest
 
-from auto_trans.hooks.transform import REPORT_NAME
+from auto_trans.together import REPORT_NAME
 
 pytestmark = pytest.mark.slow
 WORKER = Path(__file__).parent / "worker.py"

@@ -14,10 +14,11 @@ import signal
 import sys
 from pathlib import Path
 
+from auto_trans import together
 from auto_trans.config import AutoTransConfig, Timing
 from auto_trans.coordination.election import elect
-from auto_trans.hooks import transform
 from auto_trans.hooks.job import Job
+from auto_trans.hooks.transform import convert_for_job
 
 
 def put_fault(fault: str, reached: int, go: int) -> None:
@@ -28,7 +29,7 @@ def put_fault(fault: str, reached: int, go: int) -> None:
         reached: Pipe that tells the test that the rank has come to the conversion.
         go: Pipe that tells the rank to go on.
     """
-    convert = transform.run_conversion
+    convert = together.run_conversion
 
     def faulty(*args, **kwargs):
         os.write(reached, b"!")
@@ -44,7 +45,7 @@ def put_fault(fault: str, reached: int, go: int) -> None:
             sys.exit("the test has ended")
         return convert(*args, **kwargs)
 
-    transform.run_conversion = faulty
+    together.run_conversion = faulty
 
 
 def main() -> None:
@@ -62,7 +63,7 @@ def main() -> None:
         timing=Timing(**{**timing, "lock_timeout": 2, **job.get("timing", {})}),
     )
     assignments = elect(job["world_size"], settings.transform_process_num)
-    transform.convert_together(Job(rank, job["world_size"], Path(job["output"])), settings, assignments, "checkpoint_")
+    convert_for_job(Job(rank, job["world_size"], Path(job["output"])), settings, assignments, "checkpoint_", {})
     print("converted")
 
 

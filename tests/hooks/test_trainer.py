@@ -12,8 +12,8 @@ import oracle
 import pytest
 import safetensors.numpy
 
-from auto_trans.hooks.transform import REPORT_NAME
 from auto_trans.merge_safetensors import merge_safetensors
+from auto_trans.together import REPORT_NAME
 
 pytestmark = pytest.mark.trainer
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from auto_trans.coordination import process
-from auto_trans.coordination.process import Process
+from auto_trans import process
+from auto_trans.process import Process
 
 
 @pytest.fixture
