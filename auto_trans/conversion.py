@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Callable, Optional, Union
 
 from auto_trans.config import parse_memory
+from auto_trans.core.consistency import check_heads, check_network, check_shapes
 from auto_trans.core.plan import FilePlan, Plan, make_plan
-from auto_trans.core.rules import Allowed, check_heads, check_network, check_shapes, some
+from auto_trans.core.rules import Allowed, some
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.tensor import Shape
 from auto_trans.engine.base import ConversionTask, Engine

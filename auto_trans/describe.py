@@ -13,8 +13,8 @@ from typing import Any, Optional
 
 from auto_trans.conversion import Conversion
 from auto_trans.coordination.election import elect
+from auto_trans.core.consistency import check_shapes
 from auto_trans.core.layout import Layout
-from auto_trans.core.rules import check_shapes
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.work import process_nums, read_bytes, share_out

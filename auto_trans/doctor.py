@@ -19,8 +19,8 @@ import yaml
 from auto_trans.config import AutoTransConfig
 from auto_trans.coordination.board import read_json, write_json
 from auto_trans.coordination.election import Assignment, elect
+from auto_trans.core.consistency import check_heads, check_shapes
 from auto_trans.core.plan import make_plan
-from auto_trans.core.rules import check_heads, check_shapes
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import AutoTransError

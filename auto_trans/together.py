@@ -18,7 +18,7 @@ from auto_trans.conversion import Conversion
 from auto_trans.coordination.barrier import Heartbeat, wait_until
 from auto_trans.coordination.election import LEADER, Assignment
 from auto_trans.coordination.session import Session
-from auto_trans.core.rules import check_heads, check_network
+from auto_trans.core.consistency import check_heads, check_network
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy, describe_difference, same_slices
 from auto_trans.core.work import assign_writers

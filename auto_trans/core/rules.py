@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from auto_trans.core.edits import Recipe
-from auto_trans.core.source import Heads, Source, Stored
+from auto_trans.core.source import Source
 from auto_trans.core.strategy import Strategy, is_accumulated_gradient, is_optimizer_state
-from auto_trans.core.tensor import Shape
 from auto_trans.errors import PlanError
 
-__all__ = ["NOTHING", "Allowed", "Sorting", "check_heads", "check_network", "check_shapes", "some", "sort_parameters"]
+__all__ = ["NOTHING", "Allowed", "Sorting", "kind_of", "some", "sort_parameters"]
 
 # Tables and masks that models hold beside their weights, and that a graph may not use.
 _BUFFER = re.compile(r"(?:^|[._])(?:freqs?|rope|rotary|inv_freq|cos|sin|masks?|position_ids|alibi|cached?)(?=$|[._\d])")
@@ -86,7 +85,7 @@ class _Sorter:
         self._source, self._target, self._recipes, self._allowed = source, target, recipes, allowed
         self._strategies = [strategy for strategy in (source.strategy, target) if not strategy.is_complete]
         listed = {name for strategy in self._strategies for name in (*strategy.layouts, *strategy.refused)}
-        self._listed_kinds = {_kind(name) for name in listed}
+        self._listed_kinds = {kind_of(name) for name in listed}
         # a target without any optimizer state is a job that does not train: dropping the state is what it asks for
         self._trains = target.is_complete or any(is_optimizer_state(name) for name in target.names())
 
@@ -143,7 +142,7 @@ class _Sorter:
     def _check_carried(self, names: Iterable[str], absent: Iterable[str]) -> None:
         names = [name for name in names if not _matches(name, self._allowed.extra)]
         wrong = [name for name in names if self._is_weight(name)]
-        siblings = [name for name in wrong if _kind(name) in self._listed_kinds]
+        siblings = [name for name in wrong if kind_of(name) in self._listed_kinds]
         lacking = [name for name in absent if not is_optimizer_state(name)]
         strange = [name for name in names if self._is_array(name) and not _BUFFER.search(name)]
         if self._source.strategy.is_complete and lacking and strange and not siblings:
@@ -160,15 +159,15 @@ class _Sorter:
         stages = "; ".join(f"{strategy.origin} describes {_stages(strategy)}" for strategy in self._strategies)
         setting = "«dst_strategy»" if not self._target.is_complete else "«src_strategy»"
         raise PlanError(
-            f"{self._origins()} does not list parameter {some(wrong, 5)}, which the source holds{because}: every rank would "
-            f"get them whole beside sliced ones. {stages}{hint}. Give the strategy files of all pipeline stages ({setting}: "
-            f"the folder with the files of all nodes, or the merged file), or, if no graph uses these parameters, allow "
-            f"them with «allow_extra»"
+            f"{self._origins()} does not list parameter {_weights_first(wrong)}, which the source holds{because}: every "
+            f"rank would get them whole beside sliced ones. {stages}{hint}. Give the strategy files of all pipeline "
+            f"stages ({setting}: the folder with the files of all nodes, or the merged file), or, if no graph uses these "
+            f"parameters, allow them with «allow_extra»"
         )
 
     def _is_weight(self, name: str) -> bool:
         """Whether a parameter that no strategy lists is a weight, or the optimizer state of one."""
-        if _kind(name) in self._listed_kinds or is_optimizer_state(name):
+        if kind_of(name) in self._listed_kinds or is_optimizer_state(name):
             return True
         if not self._is_array(name):
             return False
@@ -191,16 +190,16 @@ class _Sorter:
         return tuple(sorted(name for name in names if name not in held and not is_accumulated_gradient(name)))
 
     def _check_absent(self, names: Sequence[str]) -> None:
-        held = {_kind(name) for name in self._source.names}
+        held = {kind_of(name) for name in self._source.names}
         wrong = [
             name
             for name in names
-            if not is_optimizer_state(name) and _kind(name) in held and not _matches(name, self._allowed.missing)
+            if not is_optimizer_state(name) and kind_of(name) in held and not _matches(name, self._allowed.missing)
         ]
         if wrong:
             raise PlanError(
-                f"the source lacks parameter {some(wrong, 5)}, though it holds the same parameter of other layers: a part "
-                f"of the checkpoint is missing, or {self._origins()} is of a deeper model; copy the rank folders and "
+                f"the source lacks parameter {_weights_first(wrong)}, though it holds the same parameter of other layers: a "
+                f"part of the checkpoint is missing, or {self._origins()} is of a deeper model; copy the rank folders and "
                 f"strategy files of all pipeline stages to the source, or, if the model shall keep its initial values "
                 f"there, allow it with «allow_missing»"
             )
@@ -208,7 +207,7 @@ class _Sorter:
     def _warnings(self, carried: Iterable[str]) -> Iterable[str]:
         arrays = [name for name in carried if self._is_array(name)]
         if arrays:
-            yield f"in no strategy, every rank gets the whole of {some(arrays, 10)}"
+            yield f"in no strategy, every rank gets the whole of {_weights_first(arrays)}"
         for strategy in self._strategies:
             if strategy.stages == 1 and _lists_gradients(strategy):
                 yield (
@@ -224,95 +223,21 @@ class _Sorter:
 _STATES = ("adam_m", "adam_v", "moment1", "moment2", "moments", "accum", "stat")
 
 
-def check_shapes(source: Source) -> None:
-    """Compares the full shapes that the source strategy makes of the slices: do they make up one model?
-
-    A strategy of the right names but another slicing multiplies slices by the wrong numbers. Optimizer moments have the
-    shape of their weight, a bias has the length of a dimension of its weight, and the layers of a model are alike.
-
-    Raises:
-        PlanError: They contradict each other.
-    """
-    strategy = source.strategy
-    if strategy.is_complete:
-        return
-    names = [name for name in source.names if strategy.lists(name) and name not in strategy.refused]
-    known = set(names)
-    first: dict[tuple[str, Shape], str] = {}
-    for name in names:
-        weight = name.partition(".")[2] if is_optimizer_state(name) else ""
-        if weight in known:
-            _check_equal(source, name, weight)
-        # layers of the same kind whose ranks hold slices of the same shape are of the same shape as a whole
-        _check_equal(source, name, first.setdefault((_kind(name), source.held_shape(name)), name))
-        weight = name[: -len(".bias")] + ".weight" if name.endswith(".bias") else ""
-        if weight in known and not set(source.tensor(name).shape) <= set(source.tensor(weight).shape):
-            raise _contradiction(source, name, weight)
-
-
-def check_heads(strategy: Strategy, heads: Heads) -> None:
-    """Compares what the files of all ranks hold: under one strategy slices of a parameter are alike on all ranks of a stage.
-
-    Raises:
-        PlanError: A rank holds something else.
-    """
-    first: dict[tuple[str, int], tuple[int, Stored]] = {}
-    for rank in heads.ranks:
-        stage = strategy.stage_of(rank)
-        for name, stored in heads.tensors(rank).items():
-            if strategy.is_complete or not strategy.lists(name):
-                continue
-            other, expected = first.setdefault((name, stage), (rank, stored))
-            if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
-                raise PlanError(
-                    f"parameter {name} is {list(expected.shape)} {expected.dtype} in {heads.describe(other)} but "
-                    f"{list(stored.shape)} {stored.dtype} in {heads.describe(rank)}, which the strategy {strategy.origin} "
-                    f"does not tell apart: the files are of different jobs or steps; copy those of one («src»)"
-                )
-
-
-def check_network(shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, Shape, Shape]], origin: str) -> None:
-    """Compares what a plan makes with the network that will load it.
-
-    Args:
-        shapes: Parameter -> its shape in the network, full or as this rank holds it.
-        tensors: Name, full shape and shape of this rank's slice of every parameter that is made for this rank.
-        origin: The source strategy, for the message.
-
-    Raises:
-        PlanError: The plan makes something else of a parameter.
-    """
-    for name, full, part in tensors:
-        shape = shapes.get(name)
-        if shape is not None and shape not in (full, part):
-            raise PlanError(
-                f"parameter {name} is {list(shape)} in the network, but by the source strategy {origin} its slices make up "
-                f"{list(full)} ({list(part)} on this rank): that is not the strategy that the weights were saved under; set "
-                f"«src_strategy» to the one in the output of the job that saved them"
-            )
-
-
 def some(names: Iterable[str], count: int = 3) -> str:
     """Some of many names, for messages."""
     names = list(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-def _check_equal(source: Source, name: str, other: str) -> None:
-    if source.tensor(name).shape != source.tensor(other).shape:
-        raise _contradiction(source, name, other)
+def _weights_first(names: Sequence[str]) -> str:
+    """Some weights and how many more, with their optimizer state counted apart."""
+    weights = [name for name in names if not is_optimizer_state(name)]
+    states = [name for name in names if is_optimizer_state(name)]
+    more = f" (and optimizer state: {len(states)} parameters)" if weights and states else ""
+    return some(weights or states, 5) + more
 
 
-def _contradiction(source: Source, name: str, other: str) -> PlanError:
-    one, two = source.tensor(name), source.tensor(other)
-    return PlanError(
-        f"by the source strategy {source.strategy.origin} parameter {name} is {list(one.shape)} as a whole and {other} "
-        f"{list(two.shape)}, which contradict each other: it is not the strategy that the weights were saved under; give "
-        f"the one in the output of the job that saved them («src_strategy»)"
-    )
-
-
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
     """The name without the number of its layer: the same in every layer."""
     return _NUMBER.sub("#", name)
 

@@ -7,8 +7,9 @@ from typing import Any, Callable, Optional
 from auto_trans.config import AutoTransConfig
 from auto_trans.coordination.election import LEADER
 from auto_trans.coordination.session import Session
+from auto_trans.core.consistency import check_heads, check_shapes
 from auto_trans.core.plan import make_plan
-from auto_trans.core.rules import Allowed, check_heads, check_shapes
+from auto_trans.core.rules import Allowed
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.hooks.job import Job, in_yaml_words

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from auto_trans.hooks.load import _load_path
+from auto_trans.hooks.load import load_path
 
 OTHER_VERSIONS = Path(sys.prefix) / "other_mindformers"  # put there by scripts/test.sh
 CHECK = """
@@ -113,4 +113,4 @@ class Config(dict):
     ],
 )
 def test_path_of_the_weights_is_found_in_every_version(config, path):
-    assert _load_path(config) == path
+    assert load_path(config) == path

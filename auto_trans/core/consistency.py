@@ -1,0 +1,134 @@
+"""Do a source, its strategy and the network that loads it belong together?
+
+Strategy files hold no shapes: a strategy of the right names but another slicing makes slices up to tensors of wrong shapes.
+What contradicts itself is refused here; for certain only the network tells.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from auto_trans.core.rules import kind_of
+from auto_trans.core.source import Heads, Source, Stored
+from auto_trans.core.strategy import Strategy, is_optimizer_state
+from auto_trans.core.tensor import Shape
+from auto_trans.errors import PlanError
+
+__all__ = ["check_heads", "check_network", "check_shapes"]
+
+# the matrices of a feed-forward: into it, and back
+_FEED_FORWARD = [
+    (f".{up}.weight", f".{down}.weight")
+    for up, down in (("w1", "w2"), ("w3", "w2"), ("gate_proj", "down_proj"), ("up_proj", "down_proj"))
+]
+# up to the number of a layer
+_LAYER = re.compile(r".*?(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
+
+
+def check_shapes(source: Source) -> None:
+    """Compares the full shapes that the source strategy makes of the slices: do they make up one model?
+
+    A strategy of the right names but another slicing multiplies slices by the wrong numbers. Optimizer moments have the
+    shape of their weight, a bias has the length of a dimension of its weight, the layers of a model are alike, what a layer
+    normalizes has the length of a dimension of one of its matrices, and a feed-forward leads back to where it began. A
+    strategy that passes all that can still be wrong; for certain only the network tells, see `check_network`.
+
+    Raises:
+        PlanError: They contradict each other.
+    """
+    strategy = source.strategy
+    if strategy.is_complete:
+        return
+    names = [name for name in source.names if strategy.lists(name) and name not in strategy.refused]
+    known = set(names)
+    first: dict[tuple[str, Shape], str] = {}
+    for name in names:
+        weight = name.partition(".")[2] if is_optimizer_state(name) else ""
+        if weight in known:
+            _check_equal(source, name, weight)
+        # layers of the same kind whose ranks hold slices of the same shape are of the same shape as a whole
+        _check_equal(source, name, first.setdefault((kind_of(name), source.held_shape(name)), name))
+        weight = name[: -len(".bias")] + ".weight" if name.endswith(".bias") else ""
+        if weight in known and not set(source.tensor(name).shape) <= set(source.tensor(weight).shape):
+            raise _contradiction(source, name, weight)
+    _check_norms(source, names)
+    for name in names:
+        back = next((name[: -len(up)] + down for up, down in _FEED_FORWARD if name.endswith(up)), "")
+        shape = source.tensor(name).shape
+        if back in known and len(shape) == 2 and shape != source.tensor(back).shape[::-1]:
+            raise _contradiction(source, name, back)
+
+
+def _check_norms(source: Source, names: Iterable[str]) -> None:
+    """In every layer the length of one of its norms is a dimension of one of its matrices."""
+    norms: dict[str, list[str]] = {}
+    matrices: dict[str, list[str]] = {}
+    for name in names:
+        found = _LAYER.match(name)
+        if found is not None and not is_optimizer_state(name):
+            ndim = len(source.tensor(name).shape)
+            if ndim > 1:
+                matrices.setdefault(found.group(), []).append(name)
+            elif ndim == 1 and "norm" in name.lower():
+                norms.setdefault(found.group(), []).append(name)
+    for layer in norms.keys() & matrices.keys():
+        lengths = {n for name in matrices[layer] for n in source.tensor(name).shape}
+        if not any(source.tensor(name).shape[0] in lengths for name in norms[layer]):
+            raise _contradiction(source, norms[layer][0], matrices[layer][0])
+
+
+def check_heads(strategy: Strategy, heads: Heads) -> None:
+    """Compares what the files of all ranks hold: under one strategy slices of a parameter are alike on all ranks of a stage.
+
+    Raises:
+        PlanError: A rank holds something else.
+    """
+    first: dict[tuple[str, int], tuple[int, Stored]] = {}
+    for rank in heads.ranks:
+        stage = strategy.stage_of(rank)
+        for name, stored in heads.tensors(rank).items():
+            if strategy.is_complete or not strategy.lists(name):
+                continue
+            other, expected = first.setdefault((name, stage), (rank, stored))
+            if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
+                raise PlanError(
+                    f"parameter {name} is {list(expected.shape)} {expected.dtype} in {heads.describe(other)} but "
+                    f"{list(stored.shape)} {stored.dtype} in {heads.describe(rank)}, which the strategy {strategy.origin} "
+                    f"does not tell apart: the files are of different jobs or steps; copy those of one («src»)"
+                )
+
+
+def check_network(shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, Shape, Shape]], origin: str) -> None:
+    """Compares what a plan makes with the network that will load it.
+
+    Args:
+        shapes: Parameter -> its shape in the network, full or as this rank holds it.
+        tensors: Name, full shape and shape of this rank's slice of every parameter that is made for this rank.
+        origin: The source strategy, for the message.
+
+    Raises:
+        PlanError: The plan makes something else of a parameter.
+    """
+    for name, full, part in tensors:
+        shape = shapes.get(name)
+        if shape is not None and shape not in (full, part):
+            raise PlanError(
+                f"parameter {name} is {list(shape)} in the network, but by the source strategy {origin} its slices make up "
+                f"{list(full)} ({list(part)} on this rank): that is not the strategy that the weights were saved under; set "
+                f"«src_strategy» to the one in the output of the job that saved them"
+            )
+
+
+def _check_equal(source: Source, name: str, other: str) -> None:
+    if source.tensor(name).shape != source.tensor(other).shape:
+        raise _contradiction(source, name, other)
+
+
+def _contradiction(source: Source, name: str, other: str) -> PlanError:
+    one, two = source.tensor(name), source.tensor(other)
+    return PlanError(
+        f"by the source strategy {source.strategy.origin} parameter {name} is {list(one.shape)} as a whole and {other} "
+        f"{list(two.shape)}, which contradict each other: it is not the strategy that the weights were saved under; give "
+        f"the one in the output of the job that saved them («src_strategy»)"
+    )
