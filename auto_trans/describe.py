@@ -19,6 +19,7 @@ from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.work import process_nums, read_bytes, share_out
 from auto_trans.errors import AutoTransError, CorruptCheckpointError, LayoutError, PlanError
+from auto_trans.log import logger
 from auto_trans.storage.capacity import available_memory, free_disk
 from auto_trans.storage.formats import scan
 from auto_trans.storage.formats.ckpt import compute_crc
@@ -271,6 +272,11 @@ def slice_shapes(strategy: Strategy, weights: Optional[Checkpoint]) -> dict[str,
     if weights is None:
         return {}
     if weights.distributed:
+        if len(weights.files) < strategy.world_size:
+            logger.warning(
+                "%s holds only %d of the %d ranks that %s describes",
+                weights.path, len(weights.files), strategy.world_size, strategy.origin,
+            )  # fmt: skip
         source = SlicedSource(strategy, ScannedFiles(weights))
         check_shapes(source)
     else:
