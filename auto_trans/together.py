@@ -91,6 +91,8 @@ class _Converter:
         _merge_stages(request.to_strategy, shared.strategy_dir)
         source, target = request.from_strategy, request.to_strategy
         checkpoints = find_sources(request.src, source, request.resume_file)
+        for checkpoint in checkpoints:
+            check_heads(source, ScannedFiles(checkpoint))
         matches = all(_matches(checkpoint, source, target) for checkpoint in checkpoints)
         if matches:
             for checkpoint in checkpoints:
@@ -166,7 +168,7 @@ class _Converter:
         own = [file for file in conversion.files if writers.get(file.ranks[0], rank) == rank]
         part = len(own) / len(conversion.plan.replicas) if native and own else 1 / len(assignments)
         neighbours = self._session.neighbours(assignment.rank for assignment in assignments)
-        conversion.check(neighbours, part, own, heads=self._session.is_leader)
+        conversion.check(neighbours, part, own, heads=False)  # rank 0 has compared them
         conversion.log_plan()
         with contextlib.nullcontext() if native else self._heartbeat.idle():
             report = run_conversion(conversion, listener=self._heartbeat.progress, files=own)
@@ -247,10 +249,8 @@ def _merge_stages(target: Strategy, strategy_dir: Path) -> None:
 
 
 def _link(checkpoint: Checkpoint, request: Request) -> None:
-    """Has the loader find the source as it is, once all of its files are seen to be what the strategy says."""
-    heads = ScannedFiles(checkpoint)
-    source = SlicedSource(request.from_strategy, heads)
-    check_heads(request.from_strategy, heads)
+    """Has the loader find the source as it is, once it is seen to be what the network expects."""
+    source = SlicedSource(request.from_strategy, ScannedFiles(checkpoint))
     shapes = ((name, source.tensor(name).shape, source.held_shape(name)) for name in source.names)
     check_network(request.network, shapes, request.from_strategy.origin)
     for rank in range(request.to_strategy.world_size):

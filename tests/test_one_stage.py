@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -120,31 +118,3 @@ def test_source_of_a_complete_target_is_at_least_said(genuine, tmp_path, one_nod
     source = oracle.save_genuine(tmp_path / "src", {r: held[r] for r in range(4)}, genuine.model("mf_llama").dtypes)
     convert(source, tmp_path / "out", one_node)
     assert "lists accumulated gradients, as pipeline jobs do, but describes one stage only" in caplog.text
-
-
-@pytest.mark.slow
-def test_job(genuine, tmp_path, one_node):
-    """All ranks of a job whose strategy folder lacks the files of the other node."""
-    output = tmp_path / "output"
-    (output / "strategy").mkdir(parents=True)
-    for file in one_node.iterdir():
-        shutil.copy(file, output / "strategy")
-    settings = {
-        "source": str(genuine.complete("mf_llama")), "strategy": None, "output": str(output), "world_size": 4,
-        "processes": 2,
-    }  # fmt: skip
-    worker = Path(__file__).parent / "coordination" / "worker.py"
-    reached, go = os.pipe()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), json.dumps(settings), str(reached), str(go)], text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "MS_SCHED_PORT": "1"},
-        )
-        for rank in range(4)
-    ]  # fmt: skip
-    for rank in ranks:
-        text, _ = rank.communicate(timeout=90)
-        assert rank.returncode != 0
-        assert "does not list parameter model.layers.2." in text
-        assert "auto_trans: {allow_extra: [...]}" in text
-    assert not list((output / "transformed_checkpoint").rglob("*.ckpt"))

@@ -356,3 +356,75 @@ def test_bad_input_is_told_on_every_rank_at_once(launch, tmp_path, damage, messa
     for code, text in job.start().ends().values():
         assert code == 1
         assert message in text
+
+
+def all_refuse(job, *messages):
+    """Every rank is told, and nothing is written."""
+    for code, text in job.ends().values():
+        assert code == 1
+        assert all(message in text for message in messages), text
+    assert not list(job.output.glob("transformed_checkpoint/*/rank_*/*"))
+
+
+def test_strategy_of_one_stage_only_is_refused_before_anything_is_written(launch, genuine):
+    """The strategy files of the other node are not there."""
+    job = launch().compile("dp2mp2pp2")
+    for rank in range(4, 8):
+        (job.output / "strategy" / f"ckpt_strategy_rank_{rank}.ckpt").unlink()
+    job.start(source=str(genuine.complete("mf_llama")), strategy=None)
+    all_refuse(job, "does not list parameter model.layers.2.", "auto_trans: {allow_extra: [...]}")
+
+
+def rewrite(file, change):
+    """Replaces a source file of a job, which may be a link to one that other tests share."""
+    held = oracle.read_raw(file)
+    change(held)
+    file.unlink()
+    oracle.write_raw(file, held)
+
+
+@pytest.mark.parametrize("target", [SOURCE, TARGET])
+def test_rank_file_of_another_shape_is_refused_whether_it_would_be_linked_or_read(launch, tmp_path, target):
+    """One rank folder holds an unsliced file; where the strategies match MindSpore's loader would die of it."""
+    job = launch().compile(target)
+    shutil.copytree(job.settings["source"], tmp_path / "source")
+    name = "model.layers.0.attention.wq.weight"
+
+    def unslice(held):
+        held[name] = oracle.Raw(held[name].dtype, (64, 64), held[name].content * 2)
+
+    (file,) = (tmp_path / "source" / "rank_1").iterdir()
+    rewrite(file, unslice)
+    all_refuse(job.start(source=str(tmp_path / "source")), f"parameter {name} is [32, 64] Float32 in", "rank_1/net_rank_1-1_1.ckpt")
+
+
+def test_replica_of_another_shape_is_refused_though_it_is_not_read(launch, genuine, tmp_path):
+    """dp2 mp2: rank 2 holds what rank 0 holds, and only rank 0 is read."""
+    job = launch().compile("dp1mp2pp2")
+    shutil.copytree(genuine.source("mf_llama", "dp2mp2"), tmp_path / "source")
+    (file,) = (tmp_path / "source" / "rank_2").iterdir()
+    rewrite(file, lambda held: held.update({"lm_head.weight": oracle.Raw("Float16", (2, 2), b"\0" * 8)}))
+    job.start(source=str(tmp_path / "source"), strategy=str(job.weights.strategy("dp2mp2")))
+    all_refuse(job, "parameter lm_head.weight is")
+
+
+@pytest.mark.parametrize("target", [SOURCE, TARGET])
+def test_network_that_expects_another_shape_is_told_before_anything_is_written(launch, target):
+    """The strategy has the right names, but is not the one that the weights were saved under."""
+    job = launch().compile(target)
+    name = "model.tok_embeddings.embedding_weight"
+    job.start(network={name: [256, 64], "model.layers.0.attention.wq.weight": [64, 64]})
+    all_refuse(job, f"parameter {name} is [256, 64] in the network")
+
+
+def test_network_that_expects_what_is_planned_is_content(launch):
+    network = {"model.tok_embeddings.embedding_weight": [128, 64], "model.layers.0.attention.wq.weight": [32, 64]}
+    launch().compile().start(network=network).succeeds()
+
+
+def test_converter_whose_strategy_differs_from_that_of_rank_0_is_told(launch):
+    """A node that sees an old strategy of the source would convert something else."""
+    job = launch().compile()
+    ends = job.start(by_rank={2: {"strategy": str(job.weights.strategy("dp2mp2"))}}).ends()
+    assert all(code == 1 for code, _ in ends.values())
+    assert "rank 2 would convert something else than rank 0" in ends[0][1]

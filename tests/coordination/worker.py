@@ -63,7 +63,9 @@ def main() -> None:
         timing=Timing(**{**timing, "lock_timeout": 2, **job.get("timing", {})}),
     )
     assignments = elect(job["world_size"], settings.transform_process_num)
-    convert_for_job(Job(rank, job["world_size"], Path(job["output"])), settings, assignments, "checkpoint_", {})
+    network = {name: tuple(shape) for name, shape in job.get("network", {}).items()}
+    place = Job(rank, job["world_size"], Path(job["output"]))
+    convert_for_job(place, settings, assignments, "checkpoint_", network)
     print("converted")
 
 

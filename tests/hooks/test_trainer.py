@@ -150,6 +150,54 @@ def test_bad_source_is_told_on_every_rank_before_anything_is_built(llama, tmp_pa
     assert (llama.folder / "bad" / "transformed_checkpoint" / "finished").read_text() == "earlier output"
 
 
+def bad_strategy(llama, folder, kind):
+    """A strategy that does not belong to the distributed weights of the tiny LLaMA."""
+    import mindspore
+    from compile_stand_in import write_strategy_files
+
+    held = mindspore.load_checkpoint(str(llama.complete))
+    listed = [(name, len(p.shape)) for name, p in held.items() if p.size > 1]
+    if kind == "another model":
+        listed = [(f"gpt.{name}", ndim) for name, ndim in listed]
+    elif kind == "one stage":
+        listed = [(name, ndim) for name, ndim in listed if "layers.1." not in name]
+    write_strategy_files(folder, listed, *((2, 2) if kind == "another slicing" else (1, 4)))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("another model", "they are of another model"),
+        ("one stage", "does not list parameter"),
+        ("missing rank", "is held by source rank 2 only"),
+    ],
+)
+def test_wrong_strategy_and_missing_ranks_are_told_before_anything_is_built(llama, tmp_path, kind, message):
+    source, strategy = llama.distributed, llama.strategy
+    if kind == "missing rank":
+        source = tmp_path / "source"
+        shutil.copytree(llama.distributed, source)
+        shutil.rmtree(source / "rank_2")
+    else:
+        strategy = bad_strategy(llama, tmp_path / "strategy", kind)
+    settings = f"load_checkpoint={source}", f"src_strategy_path_or_dir={strategy}", "auto_trans_ckpt=True"
+    run = llama.train(f"early_{kind[:3]}", *settings)
+    assert run.code != 0
+    assert message in run.logs[0]
+    assert "Starting Init Train Model" not in run.logs[0]
+
+
+def test_strategy_of_another_slicing_is_told_by_the_network(llama, tmp_path):
+    strategy = bad_strategy(llama, tmp_path / "strategy", "another slicing")
+    settings = f"load_checkpoint={llama.distributed}", f"src_strategy_path_or_dir={strategy}", "auto_trans_ckpt=True"
+    run = llama.train("slicing", *settings)
+    assert run.code != 0
+    assert "in the network, but by the source strategy" in run.logs[0]
+    assert "set src_strategy_path_or_dir to the one in the output of the job" in run.logs[0]
+    assert not list((llama.folder / "slicing" / "transformed_checkpoint").rglob("*.ckpt"))
+
+
 def test_source_in_the_folder_to_be_cleaned_is_refused_and_kept(llama, snapshot):
     inside = llama.folder / "inside" / "transformed_checkpoint" / "net"
     shutil.copytree(llama.distributed, inside)
