@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from auto_trans.conversion import convert as convert
     from auto_trans.core.strategy import Strategy as Strategy
     from auto_trans.errors import AutoTransError as AutoTransError
-    from auto_trans.hooks.patches import install as install
+    from auto_trans.hooks.installation import install as install
     from auto_trans.report import ConversionReport as ConversionReport
     from auto_trans.storage.strategies import merge_strategies as merge_strategies
     from auto_trans.storage.strategies import read_strategy as read_strategy
@@ -21,7 +21,7 @@ _PUBLIC = {
     "ConversionReport": "auto_trans.report",
     "Strategy": "auto_trans.core.strategy",
     "convert": "auto_trans.conversion",
-    "install": "auto_trans.hooks.patches",
+    "install": "auto_trans.hooks.installation",
     "merge_strategies": "auto_trans.storage.strategies",
     "read_strategy": "auto_trans.storage.strategies",
 }

@@ -6,7 +6,7 @@ import os
 import runpy
 import sys
 
-from auto_trans.hooks.patches import install
+from auto_trans.hooks.installation import install
 
 __all__ = ["main"]
 

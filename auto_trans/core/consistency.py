@@ -38,8 +38,6 @@ def check_shapes(source: Source) -> None:
         PlanError: They contradict each other.
     """
     strategy = source.strategy
-    if strategy.is_complete:
-        return
     names = [name for name in source.names if strategy.lists(name) and name not in strategy.refused]
     known = set(names)
     first: dict[tuple[str, Shape], str] = {}
@@ -88,7 +86,7 @@ def check_heads(strategy: Strategy, heads: Heads) -> None:
     for rank in heads.ranks:
         stage = strategy.stage_of(rank)
         for name, stored in heads.tensors(rank).items():
-            if strategy.is_complete or not strategy.lists(name):
+            if not strategy.lists(name):
                 continue
             other, expected = first.setdefault((name, stage), (rank, stored))
             if (stored.shape, stored.dtype) != (expected.shape, expected.dtype):

@@ -319,7 +319,7 @@ class _Planner:
 
     def _whole(self, name: str) -> TensorPlan:
         """How the whole of a source tensor is put together."""
-        if self._source.strategy.is_complete or self._source.strategy.lists(name):
+        if self._source.strategy.tells(name):
             tensor = self._source.tensor(name)
             box = Box.whole(tensor.shape)
             shards = self._source.shards(name, box)

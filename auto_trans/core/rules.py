@@ -101,7 +101,7 @@ class _Sorter:
             in_source, in_target = source.lists(recipe.source), target.lists(name)
             if not in_source and not in_target:
                 carried.append(name)
-            elif (in_source or source.is_complete) and (in_target or target.is_complete):
+            elif source.tells(recipe.source) and target.tells(name):
                 sliced.append(name)
             else:
                 (lost if in_source else unlisted).append(name)

@@ -93,6 +93,10 @@ class Strategy:
         """Whether any stage lists the parameter."""
         return name in self.layouts or name in self.refused
 
+    def tells(self, name: str) -> bool:
+        """Whether the strategy tells how the parameter lies."""
+        return self.is_complete or self.lists(name)
+
     def stages_of(self, name: str) -> tuple[int, ...]:
         """The stages that hold a parameter, in ascending order; none where the strategy does not tell."""
         if self.is_complete:

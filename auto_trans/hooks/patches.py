@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
 import sys
 from types import ModuleType
 from typing import Any, Callable
 
-from auto_trans.hooks import finder
 from auto_trans.log import logger, use_mindformers_logger
 
-__all__ = ["KNOWN_VERSIONS", "install", "patch"]
+__all__ = ["KNOWN_VERSIONS", "patch"]
 
 # The versions whose load path was read: the signatures are the same. The clearing function moved from tools/utils to
 # utils/file_utils in 1.8; from 1.9 the path of the weights is config.checkpoint.load_path.
@@ -20,20 +18,6 @@ KNOWN_VERSIONS = ("1.6", "1.7", "1.8", "1.9")
 
 _MARK = "_auto_trans_original"
 _WARNS = "mindformers.trainer.utils"  # every version has it, and imports it once
-
-
-def install() -> None:
-    """Installs the hook in this process, whether MindFormers is imported already or not.
-
-    Only needed where the environment ignores ``.pth`` files; call it before the training starts.
-    """
-    finder.install()  # type: ignore[no-untyped-call]
-    if os.environ.get("AUTO_TRANS_DISABLE", "0") not in ("", "0"):
-        return
-    for name in sorted(finder.WATCHED):
-        module = sys.modules.get(name)
-        if module is not None:
-            patch(module)
 
 
 def patch(module: ModuleType) -> None:
