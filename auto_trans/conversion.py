@@ -148,6 +148,12 @@ class Conversion:
             dropped=self.plan.dropped,
         )
 
+    def carry_out(self, *, part: float = 1.0, quiet: bool = False) -> ConversionReport:
+        """Checks, tells what the plan leaves out or adds, and runs."""
+        self.check(part=part)
+        self.log_plan()
+        return self.run(quiet=quiet)
+
     def log_plan(self) -> None:
         """Logs what the plan leaves out or adds, which a user should know."""
         plan = self.plan
@@ -300,10 +306,7 @@ def convert(
         prefix=prefix, format=format, step=step, engine=engine, processes=processes,
         memory_limit=parse_memory(memory_limit), reuse=reuse,
     )  # fmt: skip
-    conversion = plan_conversion(request)
-    conversion.check()
-    conversion.log_plan()
-    return conversion.run(quiet=quiet)
+    return plan_conversion(request).carry_out(quiet=quiet)
 
 
 def _target(request: Request, checkpoint: Checkpoint) -> Target:

@@ -85,7 +85,4 @@ def merge_lora(
         allowed=Allowed(tuple(allow_extra), tuple(allow_missing)), prefix=prefix, format=format, processes=processes,
         memory_limit=parse_memory(memory_limit),
     )  # fmt: skip
-    conversion = plan_conversion(request)
-    conversion.check()
-    conversion.log_plan()
-    return conversion.run(quiet=quiet)
+    return plan_conversion(request).carry_out(quiet=quiet)

@@ -116,9 +116,7 @@ def merge_safetensors(
     )  # fmt: skip
     conversion = plan_conversion(request)
     _compare_with_metadata((Path(file.path) for file in conversion.plan.source_files), redundancy_removed)
-    conversion.check()
-    conversion.log_plan()
-    report = conversion.run(quiet=quiet)
+    report = conversion.carry_out(quiet=quiet)
     target = conversion.target
     assert isinstance(target, SafetensorsSet)
     names = tuple(record.file for record in report.files if record.file != HYPER_PARAMETERS)

@@ -100,9 +100,7 @@ def _run(arguments: argparse.Namespace) -> int:
         if arguments.dry_run:
             failed |= not _show_plan(conversion, as_json=arguments.json, measure=arguments.measure)
             continue
-        conversion.check()
-        conversion.log_plan()
-        report = conversion.run(quiet=arguments.quiet or arguments.json)
+        report = conversion.carry_out(quiet=arguments.quiet or arguments.json)
         if arguments.json:
             print_json(_facts(report))
         else:

@@ -82,9 +82,7 @@ def _transform(arguments: argparse.Namespace) -> Path:
     )  # fmt: skip
     for checkpoint in found if ranks else ():
         conversion = Conversion(replace(request, dst=folder / checkpoint.name), checkpoint)
-        conversion.check(part=1 / arguments.transform_process_num)
-        conversion.log_plan()
-        logger.info("%s", conversion.run())
+        logger.info("%s", conversion.carry_out(part=1 / arguments.transform_process_num))
     return folder / found[0].name if len(found) == 1 else folder
 
 
