@@ -16,8 +16,32 @@ from auto_trans.core.plan import make_plan
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import SourceFile
+from auto_trans.engine.gather import Gatherer
 from auto_trans.request import Request
 from auto_trans.storage.sources import as_strategy
+
+
+class MemoryFile:
+    """A source file in memory."""
+
+    def __init__(self, content):
+        self._bytes = np.frombuffer(content, np.uint8)
+
+    def read(self, offset, nbytes):
+        part = self._bytes[offset : offset + nbytes]
+        assert offset >= 0 and part.nbytes == nbytes, "read beyond the file"
+        return part
+
+    def check_unchanged(self):
+        pass
+
+    def close(self):
+        pass
+
+
+def gatherer(buffer_bytes, files):
+    """A gatherer of files in memory: name -> contents."""
+    return Gatherer(buffer_bytes, lambda file: MemoryFile(files[file.path]))
 
 
 @st.composite

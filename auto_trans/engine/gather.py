@@ -48,10 +48,14 @@ class Gatherer:
 
         Raises:
             SourceChangedError: A source file was written to since its head was read.
+            RuntimeError: The copies do not make up the tensor.
         """
         item = tensor.tensor.item_bytes
         for box in split_box(Box.whole(tensor.shape), max(1, self._buffer.nbytes // max(item, 1))):
             found = [(copy, common) for copy in tensor.copies if (common := copy.box.intersect(box))]
+            covered = sum(common.volume for _, common in found)
+            if covered != box.volume:  # the buffer would hold what was gathered before
+                raise RuntimeError(f"the plan of {tensor.name} covers {covered} of {box.volume} elements")
             if len(found) == 1:
                 copy, common = found[0]
                 if item * box.volume > self._buffer.nbytes:  # an opaque element beyond the buffer

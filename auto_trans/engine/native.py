@@ -58,7 +58,7 @@ def _write(target: Target, file: FilePlan, gatherer: Gatherer, progress: Progres
     """
     with target.open(file) as out:
         for tensor, records in target.format.encode(file.tensors):
-            writer = _RecordWriter(out, tensor.name, tensor.nbytes, records)
+            writer = _RecordWriter(out, tensor.nbytes, records)
             adder = Adder(tensor, tensor.added, gatherer) if tensor.added is not None else None
             for box, part in gatherer.parts(tensor):
                 nbytes = part.nbytes
@@ -72,11 +72,10 @@ def _write(target: Target, file: FilePlan, gatherer: Gatherer, progress: Progres
 class _RecordWriter:
     """Writes the contents of a tensor as records of a file format."""
 
-    def __init__(self, out: NewFile, name: str, nbytes: int, records: list[Record]) -> None:
-        self._out, self._name, self._nbytes = out, name, nbytes
+    def __init__(self, out: NewFile, nbytes: int, records: list[Record]) -> None:
+        self._out, self._nbytes = out, nbytes
         self._records = iter(records)
         self._room = 0
-        self._written = 0
 
     def write(self, part: memoryview) -> None:
         while part.nbytes:
@@ -86,11 +85,8 @@ class _RecordWriter:
             now = part[: self._room]
             self._out.write(now)
             self._room -= now.nbytes
-            self._written += now.nbytes
             part = part[now.nbytes :]
 
     def close(self) -> None:
         if not self._nbytes:
             self._out.write(next(self._records).head)
-        if self._written != self._nbytes:
-            raise RuntimeError(f"plan of {self._name} covers {self._written} of {self._nbytes} bytes")

@@ -1,0 +1,95 @@
+"""Target tensors are put together from files in memory: any boxes, any chunks, any buffer."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from builders import MemoryFile, gatherer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from auto_trans.core.plan import Copy, TensorPlan
+from auto_trans.core.tensor import Box, Shard, SourceFile, Tensor
+from auto_trans.engine.gather import Gatherer
+
+
+def chunked(draw, content):
+    """A file that holds bytes in several chunks with something else between them, and where they lie."""
+    borders = sorted(draw(st.sets(st.integers(1, len(content) - 1), max_size=3))) if len(content) > 1 else []
+    file, extents = b"", []
+    for begin, end in zip([0, *borders], [*borders, len(content)]):
+        file += b"\xff" * draw(st.integers(0, 3))
+        extents.append((len(file), end - begin))
+        file += content[begin:end]
+    return file, tuple(extents)
+
+
+@st.composite
+def gathered(draw):
+    """A tensor that lies in two files, each in chunks; a box of it and the copies that make it up."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    item = draw(st.sampled_from([1, 2, 4, 8]))
+    full = np.random.default_rng(1).integers(0, 250, (*shape, item), dtype=np.uint8)
+    axis = draw(st.integers(0, len(shape) - 1))
+    cut = draw(st.integers(0, shape[axis]))
+    offset = tuple(draw(st.integers(0, n - 1)) for n in shape)
+    box = Box(offset, tuple(draw(st.integers(1, n - o)) for o, n in zip(offset, shape)))
+    tensor = Tensor("w", "any", shape, item)
+    files, copies = {}, []
+    for begin, end in ((0, cut), (cut, shape[axis])):
+        held = Box(
+            tuple(begin if n == axis else 0 for n in range(len(shape))),
+            tuple(end - begin if n == axis else size for n, size in enumerate(shape)),
+        )
+        common = held.intersect(box)
+        if common is None:
+            continue
+        path = f"from_{begin}"
+        files[path], extents = chunked(draw, full[held.slices()].tobytes())
+        shard = Shard(tensor, held, SourceFile(path, 0, 0), extents)
+        copies.append(Copy(shard, common.relative_to(held.offset).offset, common.relative_to(box.offset)))
+    return TensorPlan(tensor, box, tuple(copies)), files, full[box.slices()], draw(st.integers(item, 64))
+
+
+@given(gathered())
+@settings(max_examples=300)
+def test_parts_are_the_box_in_row_major_order_and_fit_the_buffer(case):
+    plan, files, expected, buffer_bytes = case
+    found, covered = b"", []
+    with gatherer(buffer_bytes, files) as it:
+        for box, part in it.parts(plan):
+            assert part.nbytes == box.volume * plan.tensor.item_bytes <= buffer_bytes
+            assert bytes(part) == expected[box.slices()].tobytes()
+            covered.append(box.volume)
+            found += bytes(part)
+        assert it.whole(plan) == expected.tobytes()
+    assert found == expected.tobytes() and sum(covered) == math.prod(plan.box.size)
+
+
+def test_run_of_bytes_is_passed_on_without_a_copy():
+    content = np.arange(64, dtype=np.uint8)
+    tensor = Tensor("w", "UInt8", (8, 8), 1)
+    shard = Shard(tensor, Box.whole((8, 8)), SourceFile("f", 0, 0), ((0, 64),))
+    rows = TensorPlan(tensor, Box((2, 0), (3, 8)), (Copy(shard, (2, 0), Box.whole((3, 8))),))
+    reader = MemoryFile(content.tobytes())
+    with Gatherer(1024, lambda file: reader) as it:
+        ((_, part),) = it.parts(rows)
+        assert np.shares_memory(np.frombuffer(part, np.uint8), reader.read(0, 64))
+
+
+@pytest.mark.parametrize("buffer_bytes", [8, 200])
+def test_opaque_element_may_be_larger_than_the_buffer_and_lie_in_chunks(buffer_bytes):
+    content = bytes(range(100))
+    tensor = Tensor("note", "str", (), 100, (0,))
+    file = content[:40] + b"\xff\xff" + content[40:]
+    shard = Shard(tensor, Box.whole(()), SourceFile("f", 0, 0), ((0, 40), (42, 60)))
+    plan = TensorPlan(tensor, Box.whole(()), (Copy(shard, (), Box.whole(())),))
+    with gatherer(buffer_bytes, {"f": file}) as it:
+        assert it.whole(plan) == content
+
+
+def test_tensor_of_no_elements_has_no_parts():
+    with gatherer(8, {}) as it:
+        assert list(it.parts(TensorPlan(Tensor("w", "Float32", (0, 4), 4), Box.whole((0, 4)), ()))) == []
