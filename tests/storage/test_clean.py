@@ -66,6 +66,19 @@ def test_source_inside_is_never_deleted_whatever_its_spelling(output, tmp_path, 
     assert snapshot(output) == before
 
 
+def test_source_in_the_home_folder_is_protected(output, monkeypatch):
+    monkeypatch.setenv("HOME", str(output))
+    with pytest.raises(ProtectedSourceError, match=r"~/transformed_checkpoint/net lies in"):
+        clean_folders(folders(output), ["~/transformed_checkpoint/net"])
+    assert (output / "transformed_checkpoint" / "net").is_dir()
+
+
+def test_source_beside_what_is_cleaned_stays(output):
+    (output / "strategy_of_the_source").mkdir()
+    clean_folders(folders(output), [output / "strategy_of_the_source", output / "transformed_checkpoint.ckpt", ""])
+    assert (output / "strategy_of_the_source").is_dir()
+
+
 def test_output_behind_a_symlink_protects_too(output, tmp_path):
     (tmp_path / "other_name").symlink_to(output)
     with pytest.raises(ProtectedSourceError):

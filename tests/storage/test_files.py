@@ -46,6 +46,16 @@ def test_resumed_prefix_of_a_later_run_wins_at_the_same_step(make):
     assert chosen(path) == {0: "n_rank_0_2-1_9.ckpt"}
 
 
+def test_runs_are_counted_by_number_not_by_name(make):
+    path = make(*(f"rank_0/n_rank_0_{run}-1_9.ckpt" for run in (9, 10)), "rank_0/n_rank_0-1_8.ckpt")
+    assert chosen(path) == {0: "n_rank_0_10-1_9.ckpt"}
+
+
+def test_same_step_of_different_runs_is_not_mixed(make):
+    path = make(*(f"rank_0/n_rank_0_{run}-1_9.ckpt" for run in (1, 2)), "rank_1/n_rank_1_1-1_9.ckpt")
+    assert chosen(path) == {0: "n_rank_0_1-1_9.ckpt", 1: "n_rank_1_1-1_9.ckpt"}
+
+
 def test_names_without_step_fall_back_to_name_order(make, caplog):
     assert chosen(make("rank_0/a.ckpt", "rank_0/b.ckpt")) == {0: "b.ckpt"}
     assert "b.ckpt, the last by name" in caplog.text
@@ -66,6 +76,19 @@ def test_complete_file_and_folder_of_complete_files(make):
     (one,) = find_checkpoints(path / "lora.ckpt")
     assert (one.name, one.distributed, list(one.files)) == ("lora", False, [0])
     assert [c.name for c in find_checkpoints(path)] == ["llama.a", "lora"]
+
+
+def test_path_may_begin_with_the_home_folder(make, monkeypatch):
+    path = make("weights/lora.ckpt")
+    monkeypatch.setenv("HOME", str(path))
+    (file,) = find_checkpoints("~/weights/lora.ckpt")
+    (folder,) = find_checkpoints("~/weights")
+    assert file.path == folder.path == path / "weights" / "lora.ckpt"
+
+
+def test_hidden_files_and_folders_are_no_checkpoints(make):
+    path = make("rank_0/.a.ckpt", "rank_0/b.ckpt", "rank_1/b.ckpt/x", "rank_1/a.ckpt")
+    assert chosen(path) == {0: "b.ckpt", 1: "a.ckpt"}
 
 
 def test_ranks_are_ordered_by_number(make):
@@ -100,3 +123,13 @@ def test_step_can_be_chosen(make):
     assert chosen(path, step="1_9") == {0: "net_rank_0-1_9.safetensors", 1: "net_rank_1-1_9.safetensors"}
     with pytest.raises(CheckpointNotFoundError, match=r"rank_0 holds no file of step 9_9; there are net_rank_0-1_10"):
         find_checkpoints(path, step="9_9")
+
+
+def test_step_is_the_whole_step(make):
+    path = make("rank_0/n_rank_0-1_9.ckpt", "rank_0/n_rank_0-11_9.ckpt")
+    assert chosen(path, step="1_9") == {0: "n_rank_0-1_9.ckpt"}
+
+
+def test_what_is_no_step_is_the_end_of_the_names(make):
+    path = make(*(f"rank_{r}/net_{r}_{kind}.ckpt" for r in (0, 1) for kind in ("best", "last")))
+    assert chosen(path, step="best") == {0: "net_0_best.ckpt", 1: "net_1_best.ckpt"}

@@ -49,15 +49,32 @@ def test_file_that_cannot_be_published_leaves_nothing(tmp_path, monkeypatch, cal
     assert not list(tmp_path.iterdir())
 
 
-def test_full_disk_is_named_and_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_full_disk_or_quota_is_named_and_leaves_nothing(tmp_path, monkeypatch, code):
     def full(fd, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(publish.os, "write", full)
-    message = r"x\.ckpt cannot be written: No space left"
+    message = rf"x\.ckpt cannot be written: {os.strerror(code)}; free space there"
     with pytest.raises(InsufficientDiskError, match=message), new_file(tmp_path / "x.ckpt") as out:
         out.write(b"new")
     assert not list(tmp_path.iterdir())
+
+
+def test_what_the_system_writes_in_pieces_is_whole(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(publish.os, "write", lambda fd, data: write(fd, data[:3]))
+    with new_file(tmp_path / "x.ckpt") as out:
+        out.write(b"weights")
+    assert (tmp_path / "x.ckpt").read_bytes() == b"weights"
+
+
+def test_state_that_is_recorded_is_that_of_the_last_write(tmp_path):
+    with new_file(tmp_path / "x.ckpt") as out:
+        out.write(b"weights")
+        out.sync()
+        out.write(b"more")
+        assert out.sync().st_size == 11
 
 
 def test_unwritable_place_is_named(tmp_path):
