@@ -21,7 +21,14 @@ from hypothesis import strategies as st
 import auto_trans.storage.formats.ckpt as ckpt
 from auto_trans import convert
 from auto_trans.core.layout import Layout
-from auto_trans.errors import ConfigError, InsufficientDiskError, OutputExistsError, SourceChangedError
+from auto_trans.errors import (
+    ConfigError,
+    InsufficientDiskError,
+    InsufficientMemoryError,
+    OutputExistsError,
+    PlanError,
+    SourceChangedError,
+)
 from auto_trans.storage import capacity as resources
 from auto_trans.storage import files as publish
 from auto_trans.storage.manifest import MANIFEST_NAME
@@ -93,6 +100,59 @@ def test_same_inputs_again_are_reused_and_others_refused(genuine, tmp_path, snap
     with pytest.raises(OutputExistsError, match=r"checkpoint_0\.ckpt is there already"):
         convert(genuine.complete("mf_llama"), tmp_path, None, weights.strategy("dp1mp2"))
     assert snapshot(tmp_path)["rank_0/checkpoint_0.ckpt"] == before["rank_0/checkpoint_0.ckpt"]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_strategies_in_memory_that_differ_in_one_layout_are_not_taken_for_the_same(tmp_path, side):
+    rows, columns = Layout((2,), ((0,), ())), Layout((2,), ((), (0,)))
+    sides = [strategy({"w": rows, "v": rows}), strategy({"w": columns, "v": columns})]
+    save(tmp_path / "src", hold({"w": np.arange(16).reshape(4, 4), "v": np.arange(16).reshape(4, 4)}, sides[0]))
+    assert convert(tmp_path / "src", tmp_path / "out", *sides).converted == (0, 1)
+    assert convert(tmp_path / "src", tmp_path / "out", *sides).reused == (0, 1)
+    sides[side] = strategy({"w": rows, "v": columns})
+    with pytest.raises(OutputExistsError):
+        convert(tmp_path / "src", tmp_path / "out", *sides)
+
+
+def test_files_of_another_source_are_not_taken_for_the_same(tmp_path):
+    source = oracle.write_raw(tmp_path / "a.ckpt", {"w": oracle.raw(np.arange(4))})
+    convert(source, tmp_path / "out")
+    os.utime(source, ns=(1, source.stat().st_mtime_ns + 1))
+    with pytest.raises(OutputExistsError):
+        convert(source, tmp_path / "out")
+
+
+def test_replicas_of_another_type_are_refused(tmp_path):
+    a = strategy({"w": Layout((2,))})
+    for rank, dtype in enumerate((np.float32, np.int32)):
+        save(tmp_path / "src", {rank: {"w": np.arange(4)}}, dtype)
+    with pytest.raises(PlanError, match=r"w is \[4\] Float32 in .*rank_0.* but \[4\] Int32 in .*rank_1"):
+        convert(tmp_path / "src", tmp_path / "out", a)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_another_process_has_converted_meanwhile_is_linked(tmp_path):
+    a, b = strategy({"w": Layout((2,), ((0,),))}), strategy({"w": Layout((4,))})
+    save(tmp_path / "src", hold({"w": np.arange(4)}, a))
+    one, other = (planned(tmp_path / "src", tmp_path / "out", a, b, ranks=ranks) for ranks in ((0, 1), (2, 3)))
+    assert (one.run(quiet=True).converted, one.run(quiet=True).reused) == ((0,), (0, 1))
+    report = other.run(quiet=True)
+    assert (report.converted, report.linked, report.bytes_written) == ((), (2, 3), 0)
+    assert len({(tmp_path / "out" / f"rank_{r}" / f"checkpoint_{r}.ckpt").stat().st_ino for r in range(4)}) == 1
+    assert (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+def test_every_process_and_every_neighbour_needs_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(resources, "available_memory", lambda: 5 << 20)
+    source = oracle.write_raw(tmp_path / "a.ckpt", {"w": oracle.raw(np.arange(8))})
+    target = strategy({"w": Layout((4,), ((0,),))})
+    planned(source, tmp_path / "out", None, target, memory_limit=1 << 20).check(neighbours=5)
+    conversion = planned(source, tmp_path / "out", None, target, memory_limit=1 << 20, processes=8)
+    conversion.check()  # no more processes than files
+    for neighbours, processes in ((6, 1), (2, 3)):
+        conversion = planned(source, tmp_path / "out", None, target, memory_limit=1 << 20, processes=processes)
+        with pytest.raises(InsufficientMemoryError, match="in each of 6 processes"):
+            conversion.check(neighbours)
 
 
 def test_damaged_target_is_not_reused(genuine, tmp_path):

@@ -160,3 +160,8 @@ def test_where_a_strategy_was_read_and_in_which_order_does_not_count():
 def test_values_that_cannot_be_are_refused(request_, changes, message):
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(request_, **changes)
+
+
+def test_target_may_lie_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Request(tmp_path, Path("~/out"), SOURCE, TARGET).dst == tmp_path / "out"

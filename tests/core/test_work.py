@@ -3,13 +3,16 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 from builders import Index, hold, plan_of, strategy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from auto_trans.coordination.election import elect
 from auto_trans.core.layout import Layout
-from auto_trans.core.work import assign_writers, share_out, split_files
+from auto_trans.core.plan import FilePlan, TensorPlan
+from auto_trans.core.tensor import Box, Tensor
+from auto_trans.core.work import assign_writers, process_nums, share_out, split_files
 
 REPLICATED = {"w": Layout((4, 2), ((0,), ())), "norm": Layout((4, 2), ((),))}  # dp4 mp2
 DISTINCT = {"w": Layout((4, 2), ((0,), ()), 4, 2), "norm": Layout((4, 2), ((),))}  # its optimizer shard
@@ -74,3 +77,26 @@ def test_processes_get_whole_groups_of_replicas_and_even_work():
         [(1, 3, 5, 7)],
     ]
     assert [len(files) for files in split_files(planned(DISTINCT).files, 4)] == [2, 2, 2, 2]
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.integers(1, 8))
+def test_processes_get_about_as_many_bytes_each(sizes, processes):
+    """As a list is filled, the largest share exceeds the smallest by one file at most."""
+    tensors = [TensorPlan(Tensor("w", "Int8", (n,), 1), Box.whole((n,)), ()) for n in sizes]
+    shares = split_files([FilePlan((rank,), (tensor,)) for rank, tensor in enumerate(tensors)], processes)
+    assert sorted(file.ranks[0] for files in shares for file in files) == list(range(len(sizes)))
+    assert len(shares) <= processes and all(shares)
+    nbytes = [sum(file.nbytes for file in files) for files in shares]
+    nbytes += [0] * (processes - len(shares))
+    assert max(nbytes) - min(nbytes) <= max(sizes)
+
+
+@pytest.mark.parametrize("world_size, numbers", [
+    (1, [1]),
+    (2, [1, 2]),
+    (12, [1, 2, 4, 12]),
+    (7, [1, 7]),
+    (4096, [1, 2, 4, 8, 16, 32, 64, 128, 4096]),
+])  # fmt: skip
+def test_numbers_of_processes_to_choose_from(world_size, numbers):
+    assert process_nums(world_size) == numbers

@@ -76,6 +76,11 @@ def test_stage_file_alone_of_a_later_stage_is_refused():
         read_strategy(PIPELINE / "ckpt_strategy_rank_7.ckpt")
 
 
+def test_path_may_begin_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", str(oracle.DATA / "mf_llama" / "dp2mp2"))
+    assert read_strategy("~/strategy") == read_strategy(oracle.DATA / "mf_llama" / "dp2mp2" / "strategy")
+
+
 def test_missing_path_and_empty_folder_are_named(tmp_path):
     with pytest.raises(StrategyNotFoundError, match="nowhere"):
         read_strategy(tmp_path / "nowhere")

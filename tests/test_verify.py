@@ -1,0 +1,138 @@
+"""Converted weights are compared with their digests, and with their source."""
+
+from __future__ import annotations
+
+import numpy as np
+import oracle
+import pytest
+from builders import conversions, hold, planned, save, strategy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from auto_trans import verify
+from auto_trans.core.layout import Layout
+from auto_trans.core.strategy import Strategy
+from auto_trans.errors import CheckpointNotFoundError, ConfigError
+from auto_trans.storage.manifest import MANIFEST_NAME
+from auto_trans.storage.sources import find_checkpoints
+from auto_trans.verify import verify_against, verify_digests
+
+MP2, DP2 = Layout((2,), ((0,),)), Layout((2,), ((),))
+A, B = strategy({"w": MP2, "v": MP2}), strategy({"w": DP2, "v": MP2})
+
+
+class Converted:
+    """A small conversion."""
+
+    def __init__(self, folder, source, target):
+        self.out, self.source, self.target = folder / "out", source, target
+        (self.original,) = find_checkpoints(folder / "src")
+
+    def file(self, rank):
+        (file,) = (self.out / f"rank_{rank}").iterdir()
+        return file
+
+    def rewrite(self, rank, **changes):
+        """Gives a file other tensors."""
+        held = {**oracle.read_raw(self.file(rank)), **changes}
+        file = self.file(rank)
+        file.unlink()
+        oracle.write_raw(file, held)
+
+    def differences(self, **options):
+        return verify_against(self.out, self.original, self.source, self.target, **options)
+
+
+@pytest.fixture
+def converted(tmp_path):
+    full = {"w": np.arange(8), "v": np.arange(4), "step": np.array([3])}
+    planned(save(tmp_path / "src", hold(full, A)), tmp_path / "out", A, B).run(quiet=True)
+    return Converted(tmp_path, A, B)
+
+
+@given(conversions(), st.integers(8, 60))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_conversion_is_equal_and_any_changed_byte_is_found(tmp_path_factory, monkeypatch, case, read_bytes):
+    source, target, full = case
+    folder = tmp_path_factory.mktemp("verify")
+    a, b = strategy({"w": source}), strategy({"w": target})
+    save(folder / "src", hold({"w": full}, a))
+    save(folder / "out", hold({"w": full}, b))
+    done = Converted(folder, a, b)
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "_READ_BYTES", read_bytes)
+        nbytes = 4 * sum(array["w"].size for array in hold({"w": full}, done.target).values())
+        assert done.differences() == ([], nbytes)
+        rank = target.devices - 1
+        raw = oracle.read_raw(done.file(rank))["w"]
+        done.rewrite(rank, w=raw._replace(content=raw.content[:-1] + bytes([raw.content[-1] ^ 1])))
+        (difference,), _ = done.differences()
+        assert (difference.rank, difference.parameter) == (rank, "w") and "differs from" in difference.what
+
+
+def test_other_type_is_a_difference_though_the_bytes_are_the_same(converted):
+    raw = oracle.read_raw(converted.file(1))["w"]
+    converted.rewrite(1, w=raw._replace(dtype="Int32"))
+    (difference,), _ = converted.differences()
+    assert "is [8] Int32 as a whole, but [8] Float32 in the source" in str(difference)
+
+
+def test_other_shape_is_a_difference(converted):
+    raw = oracle.read_raw(converted.file(1))["w"]
+    converted.rewrite(1, w=raw._replace(dims=(4,), content=raw.content[:16]))
+    (difference,), _ = converted.differences()
+    assert "is [4] Float32 as a whole, but [8] Float32 in the source" in str(difference)
+
+
+def test_parameter_and_rank_that_are_missing_are_told(converted):
+    converted.rewrite(0, strange=oracle.raw(np.arange(3)))
+    (converted.out / "rank_1" / "checkpoint_1.ckpt").unlink()
+    (converted.out / "rank_1").rmdir()
+    differences, _ = converted.differences()
+    assert [(d.rank, d.parameter, d.what) for d in differences] == [
+        (0, "strange", "is not in the source"),
+        (1, "", "is missing"),
+    ]
+    assert converted.differences(ranks=[1])[0] == differences[1:]
+
+
+def test_comparison_ends_after_so_many_differences(converted):
+    for rank in range(2):
+        converted.rewrite(rank, **{f"strange_{n}": oracle.raw(np.arange(3)) for n in range(5)})
+    assert [len(converted.differences(limit=limit)[0]) for limit in (1, 7, 20)] == [1, 7, 10]
+
+
+def test_slice_that_no_source_rank_holds_is_not_taken_for_equal(converted, monkeypatch):
+    """The rules refuse such a source before; the comparison does not rely on them."""
+    (converted.original.path / "rank_1" / "net_rank_1-1_1.ckpt").unlink()
+    (converted.original.path / "rank_1").rmdir()
+    (half,) = find_checkpoints(converted.original.path)
+    monkeypatch.setattr(verify, "make_plan", lambda *args, **options: None)
+    differences, _ = verify_against(converted.out, half, A, B)
+    assert [(d.rank, d.parameter) for d in differences] == [(0, "w"), (1, "w"), (1, "v")]
+    assert all(d.what == "is not covered by the source ranks that are there" for d in differences)
+
+
+def test_folder_of_several_complete_files_asks_for_one(tmp_path, converted):
+    for name in ("a", "b"):
+        oracle.write_raw(tmp_path / "many" / f"{name}.ckpt", {"w": oracle.raw(np.arange(3))})
+    with pytest.raises(ConfigError, match=r"2 complete checkpoints \(a\.ckpt, b\.ckpt"):
+        verify_against(tmp_path / "many", converted.original, A, Strategy.complete())
+
+
+def test_digests_tell_changed_and_missing_files(converted):
+    assert verify_digests(converted.out) == []
+    converted.rewrite(0, w=oracle.raw(np.arange(8, dtype=np.float32) + 1))
+    converted.file(1).unlink()
+    assert [(d.rank, d.what) for d in verify_digests(converted.out)] == [
+        (0, "differs from its digest in the manifest"),
+        (1, "is missing"),
+    ]
+
+
+def test_digests_of_several_checkpoints_are_found_below(converted, tmp_path):
+    converted.file(1).unlink()
+    assert [d.rank for d in verify_digests(tmp_path)] == [1]
+    (converted.out / MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointNotFoundError, match="has no readable auto_trans_manifest"):
+        verify_digests(tmp_path)
