@@ -65,7 +65,10 @@ def main() -> int:
             begin = time.monotonic()
             result = try_out(mutant, copy) if unbroken[mutant.tests] == "survived" else "tests fail without it"
             failed += result != "killed"
-            print(f"{result:<22} {time.monotonic() - begin:5.1f} s  {mutant.file}: {mutant.old}  ->  {mutant.new}")
+            print(
+                f"{result:<22} {time.monotonic() - begin:5.1f} s  {mutant.file}: {mutant.old}  ->  {mutant.new}",
+                flush=True,
+            )
     print(f"{len(chosen) - failed} of {len(chosen)} mutants killed")
     return 1 if failed or not chosen else 0
 

@@ -133,3 +133,16 @@ def test_layout_of_other_number_of_dimensions_is_refused():
         Layout((2,), ((0,), ()), ndims=(2,)).grid(3)
     with pytest.raises(LayoutError, match="at least 2 dimensions"):
         Layout((2,), ((), (0,))).grid(1)
+
+
+def test_optimizer_shard_of_a_single_number_is_refused():
+    assert Layout((2,), ()).grid(0) == ()
+    with pytest.raises(LayoutError, match="cannot be that of a tensor with 0"):
+        Layout((2,), (), -1, 1).grid(0)
+
+
+def test_boxes_that_touch_have_nothing_in_common():
+    assert Box((0, 0), (2, 4)).intersect(Box((2, 0), (2, 4))) is None
+    assert Box((0, 0), (2, 4)).intersect(Box((1, 3), (5, 5))) == Box((1, 3), (1, 1))
+    assert Box((), ()).intersect(Box((), ())) == Box((), ())
+    assert Box((0,), (0,)).intersect(Box((0,), (4,))) is None

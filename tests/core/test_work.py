@@ -79,11 +79,20 @@ def test_processes_get_whole_groups_of_replicas_and_even_work():
     assert [len(files) for files in split_files(planned(DISTINCT).files, 4)] == [2, 2, 2, 2]
 
 
+def files_of(sizes):
+    tensors = [TensorPlan(Tensor("w", "Int8", (n,), 1), Box.whole((n,)), ()) for n in sizes]
+    return [FilePlan((rank,), (tensor,)) for rank, tensor in enumerate(tensors)]
+
+
+def test_one_large_file_is_as_much_work_as_many_small_ones():
+    shares = split_files(files_of([1, 1, 6, 1, 1, 1, 1]), 2)
+    assert sorted([file.ranks[0] for file in files] for files in shares) == [[0, 1, 3, 4, 5, 6], [2]]
+
+
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.integers(1, 8))
 def test_processes_get_about_as_many_bytes_each(sizes, processes):
     """As a list is filled, the largest share exceeds the smallest by one file at most."""
-    tensors = [TensorPlan(Tensor("w", "Int8", (n,), 1), Box.whole((n,)), ()) for n in sizes]
-    shares = split_files([FilePlan((rank,), (tensor,)) for rank, tensor in enumerate(tensors)], processes)
+    shares = split_files(files_of(sizes), processes)
     assert sorted(file.ranks[0] for files in shares for file in files) == list(range(len(sizes)))
     assert len(shares) <= processes and all(shares)
     nbytes = [sum(file.nbytes for file in files) for files in shares]

@@ -12,12 +12,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from auto_trans.core.plan import Addition, Copy, TensorPlan
-from auto_trans.core.tensor import ITEM_BYTES, Box, Shard, SourceFile, Tensor
+from auto_trans.core.tensor import ITEM_BYTES, Box, Shard, SourceFile, Tensor, split_box
 from auto_trans.engine.addition import Adder
 
 
-def added(weight, a, b, scaling, dtype="", box=None):
-    """A part of W plus its part of the product; W may be the bits of bfloat16 numbers."""
+def added(weight, a, b, scaling, dtype="", box=None, limit=1000):
+    """A slice of W plus its part of the product, in parts of some elements; W may be the bits of bfloat16 numbers."""
     planned = []
     for name, matrix in (("a", a), ("b", b)):
         tensor = Tensor(name, oracle.NAMES[matrix.dtype.name], matrix.shape, matrix.itemsize)
@@ -28,7 +28,11 @@ def added(weight, a, b, scaling, dtype="", box=None):
     plan = TensorPlan(Tensor("w", dtype, weight.shape, ITEM_BYTES[dtype]), box, ())
     with gatherer(1 << 16, {"a": a.tobytes(), "b": b.tobytes()}) as reading:
         adder = Adder(plan, Addition(*planned, scaling), reading)
-        content = adder.add(Box.whole(box.size), memoryview(weight[box.slices()].tobytes()))
+        wanted = weight[box.slices()]
+        content = b"".join(
+            bytes(adder.add(part, memoryview(wanted[part.slices()].tobytes())))
+            for part in split_box(Box.whole(box.size), limit)
+        )
     return np.frombuffer(content, weight.dtype).reshape(box.size)
 
 
@@ -74,9 +78,10 @@ def test_sum_is_rounded_once_not_the_product_first():
     assert added(np.ones((1, 1), np.float16), product, ONE, 1.0)[0, 0] == 1 + 2**-10
 
 
-def test_slice_gets_its_own_part_of_the_product():
+@pytest.mark.parametrize("limit", [3, 5, 100])
+def test_slice_gets_its_own_part_of_the_product(limit):
     rng = np.random.default_rng(5)
     weight, a, b = (rng.integers(-9, 9, shape).astype(np.float32) for shape in ((6, 5), (2, 5), (6, 2)))
     box = Box((2, 1), (3, 4))
     expected = (weight + b @ a * 2)[box.slices()]
-    assert np.array_equal(added(weight, a, b, 2.0, box=box), expected)
+    assert np.array_equal(added(weight, a, b, 2.0, box=box, limit=limit), expected)

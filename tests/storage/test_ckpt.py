@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -158,9 +159,10 @@ def test_every_truncation_is_noticed(saved, tmp_path):
     for tensor in scan(saved).tensors.values():
         ends.add(sum(tensor.segments[-1]))
     path = tmp_path / "cut.ckpt"
-    for length in range(len(content)):
+    path.write_bytes(content)
+    for length in reversed(range(len(content))):
+        os.truncate(path, length)
         if length not in ends:  # there a whole parameter is missing, which only the plan can notice
-            path.write_bytes(content[:length])
             with pytest.raises(CorruptCheckpointError, match=r"cut\.ckpt"):
                 scan(path)
 
@@ -266,3 +268,21 @@ def test_disk_that_fails_is_told(saved, monkeypatch):
     monkeypatch.setattr(ckpt.os, "pread", fail)
     with pytest.raises(CheckpointError, match=r"all\.ckpt cannot be read.*Input/output error"):
         scan(saved)
+
+
+@pytest.mark.parametrize("nbytes", [4, 12])
+def test_contents_that_do_not_fit_the_dims_are_refused(tmp_path, nbytes):
+    path = oracle.write_raw(tmp_path / "x.ckpt", {"w": oracle.Raw("Float32", (2,), bytes(nbytes))})
+    with pytest.raises(
+        CorruptCheckpointError, match=rf"parameter w of shape \[2\] Float32 needs 8 bytes and has {nbytes}"
+    ):
+        scan(path)
+
+
+@pytest.mark.parametrize("other", [oracle.Raw("Int32", (4,), bytes(8)), oracle.Raw("Float32", (2, 2), bytes(8))])
+def test_chunks_of_a_tensor_are_of_one_type_and_shape(tmp_path, other):
+    files = [{"w": oracle.Raw("Float32", (4,), bytes(8))}, {"w": other}]
+    parts = [oracle.write_raw(tmp_path / f"{n}.ckpt", held).read_bytes() for n, held in enumerate(files)]
+    (tmp_path / "x.ckpt").write_bytes(b"".join(parts))
+    with pytest.raises(CorruptCheckpointError, match="holds parameter w twice"):
+        scan(tmp_path / "x.ckpt")

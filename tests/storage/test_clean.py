@@ -73,6 +73,12 @@ def test_source_in_the_home_folder_is_protected(output, monkeypatch):
     assert (output / "transformed_checkpoint" / "net").is_dir()
 
 
+def test_empty_folder_that_is_the_source_is_protected(output):
+    clean_folders(folders(output), [])
+    with pytest.raises(ProtectedSourceError):
+        clean_folders(folders(output), [output / "strategy"])
+
+
 def test_source_beside_what_is_cleaned_stays(output):
     (output / "strategy_of_the_source").mkdir()
     clean_folders(folders(output), [output / "strategy_of_the_source", output / "transformed_checkpoint.ckpt", ""])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import oracle
@@ -113,8 +114,9 @@ def test_elements_begin_at_multiples_of_their_size(saved, tmp_path):
 def test_every_truncation_is_noticed(saved, tmp_path):
     content = saved.read_bytes()
     path = tmp_path / "cut.safetensors"
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
+    path.write_bytes(content)
+    for length in reversed(range(len(content))):
+        os.truncate(path, length)
         with pytest.raises(CorruptCheckpointError, match=r"cut\.safetensors"):
             scan(path)
 
@@ -148,3 +150,9 @@ def test_types_that_the_other_format_lacks_are_named(tmp_path):
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + b"\0")
     with pytest.raises(UnsupportedCheckpointError, match="w is of type F8_E4M3"):
         scan(path)
+
+
+def test_bytes_after_the_last_parameter_are_refused(saved, tmp_path):
+    (tmp_path / "longer.safetensors").write_bytes(saved.read_bytes() + b"x")
+    with pytest.raises(CorruptCheckpointError, match=r"longer\.safetensors is not a complete safetensors file"):
+        scan(tmp_path / "longer.safetensors")
