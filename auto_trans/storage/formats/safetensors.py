@@ -25,6 +25,7 @@ _TYPES = {
     "I32": "Int32", "U32": "UInt32", "F32": "Float32", "I64": "Int64", "U64": "UInt64", "F64": "Float64", "C64": "Complex64",
 }  # fmt: skip
 _NAMES = {mindspore: safetensors for safetensors, mindspore in _TYPES.items()}
+_METADATA = "__metadata__"
 _LENGTH_BYTES = 8
 _LONGEST_HEADER = 100_000_000  # the library's own limit
 
@@ -44,7 +45,7 @@ def scan(reader: Reader) -> FileHead:
     begin = _LENGTH_BYTES + length
     try:
         header = json.loads(reader.read(_LENGTH_BYTES, length).tobytes())
-        metadata = _metadata(header.pop("__metadata__", None) or {})
+        metadata = _metadata(header.pop(_METADATA, None) or {})
         tensors = {name: _tensor(path, name, entry, metadata, begin) for name, entry in header.items()}
         crc = int(metadata["crc_num"]) if metadata.get("crc_num") else None
     except CheckpointError:
@@ -70,7 +71,7 @@ def encode(tensors: Iterable[T]) -> Iterator[tuple[T, list[Record]]]:
     As the library does it, tensors are ordered by the size of their elements, so that each begins at a multiple of it.
 
     Raises:
-        UnsupportedCheckpointError: A tensor has a type that the format does not know.
+        UnsupportedCheckpointError: A tensor has a type that the format does not know, or a name that it keeps for itself.
     """
     tensors = list(tensors)
     for tensor in tensors:
@@ -78,8 +79,12 @@ def encode(tensors: Iterable[T]) -> Iterator[tuple[T, list[Record]]]:
             raise UnsupportedCheckpointError(
                 f"parameter {tensor.name} is of type {tensor.dtype}, which safetensors files cannot hold; write .ckpt files"
             )
+        if tensor.name == _METADATA:
+            raise UnsupportedCheckpointError(
+                f"parameter {tensor.name} bears a name that safetensors files keep for themselves; write .ckpt files"
+            )
     tensors.sort(key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "ms"}}
+    header: dict[str, Any] = {_METADATA: {"format": "ms"}}
     offset = 0
     for tensor in tensors:
         # MindSpore stores some scalars of .ckpt files with dims (0,)
