@@ -1,4 +1,4 @@
-"""What every file format must do; see CONTRIBUTING.md. To add one, subclass `FormatTests`."""
+"""What every file format must do. To add one, subclass `FormatTests`."""
 
 from __future__ import annotations
 
