@@ -5,11 +5,16 @@ Importing takes most of the time of a small command. One request a line: argumen
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 
 from auto_trans.cli.main import main
+
+# what the commands import when they run
+for name in ("conversion", "describe", "doctor", "merge_lora", "merge_safetensors", "page", "verify"):
+    importlib.import_module(f"auto_trans.{name}")
 
 
 def run(arguments: list[str], folder: str, out: str, err: str) -> None:
