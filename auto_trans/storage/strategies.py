@@ -53,7 +53,7 @@ def read_strategy(path: PathLike) -> Strategy:
         StrategyNotFoundError: There is nothing at the path.
         StrategyError: A file is no strategy file, the files are of different jobs, or stages are missing.
     """
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         by_stage, merged = _read_folder(path)
         return _assemble(by_stage.values() or merged[:1], path)
