@@ -98,7 +98,8 @@ class Conversion:
         check_disk(self.request.dst, int(sum(self.target.size(file) for file in todo) / part))
         if heads:
             check_heads(self.request.from_strategy, self._heads)
-        check_network(self.request.network, self._slices(), self.request.from_strategy.origin)
+        if self.request.network is not None:
+            check_network(self.request.network, self._slices(), self.request.from_strategy.origin)
         self._check_carried()
         if self.request.check_replicas:
             self._check_replicas()
