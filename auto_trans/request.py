@@ -68,6 +68,10 @@ class Request:
     network: Optional[Network] = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "dst", self.dst.expanduser())
+        except RuntimeError as e:
+            raise ConfigError(f"{self.dst} is nowhere: {e}; set another output directory («dst»)") from e
         if not isinstance(self.prefix, str) or not self.prefix or "/" in self.prefix:
             raise ConfigError(f"«prefix» must be the beginning of a file name, not {self.prefix!r}")
         if self.format is not None:

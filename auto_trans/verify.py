@@ -22,8 +22,9 @@ from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import Box, Shape, split_box
 from auto_trans.errors import CheckpointNotFoundError, ConfigError, LayoutError
-from auto_trans.storage.formats.head import FileHead, StoredTensor, digest_extents
+from auto_trans.storage.formats.head import FileHead, StoredTensor
 from auto_trans.storage.manifest import MANIFEST_NAME, read_manifest
+from auto_trans.storage.readers import digest_extents
 from auto_trans.storage.sources import Checkpoint, ScannedFiles, find_checkpoints
 
 __all__ = ["Difference", "verify_against", "verify_digests"]

@@ -34,7 +34,7 @@ from auto_trans.errors import (
     UnsupportedCheckpointError,
 )
 from auto_trans.storage import capacity as resources
-from auto_trans.storage.formats.ckpt import scan
+from auto_trans.storage.formats import scan
 
 CASE, TARGET = "dp2mp2pp2", "dp2mp2"
 

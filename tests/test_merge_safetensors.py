@@ -16,7 +16,7 @@ import auto_trans
 from auto_trans import merge_strategies
 from auto_trans.errors import CheckpointNotFoundError, ConfigError, MissingSliceError, OutputExistsError, PlanError
 from auto_trans.merge_safetensors import HYPER_PARAMETERS, merge_safetensors, parse_shard_size
-from auto_trans.storage.formats.safetensors import scan
+from auto_trans.storage.formats import scan
 
 CASES = ["dp2mp2", "dp2mp2_opt", "dp2mp2pp2"]
 

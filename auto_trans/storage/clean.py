@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Union
 
-from auto_trans.errors import OutputError, ProtectedSourceError
+from auto_trans.errors import CheckpointError, OutputBusyError, OutputError, ProtectedSourceError
+from auto_trans.storage.temporary import find_busy
 
 __all__ = ["check_cleanable", "clean_folders"]
 
@@ -25,12 +26,13 @@ def check_cleanable(folders: Iterable[Path], protected: Iterable[PathLike]) -> N
 
     Raises:
         ProtectedSourceError: One does.
+        CheckpointError: Where a protected path lies cannot be found out.
     """
     protected = [path for path in protected if path]
     for folder in folders:
         real = folder.resolve()
         for path in protected:
-            for place in _places(Path(path).expanduser()):
+            for place in _places(path):
                 if real == place or real in place.parents:
                     raise ProtectedSourceError(
                         f"{path} lies in {folder} (as {place}), which is cleaned at the start of a job with "
@@ -47,10 +49,12 @@ def clean_folders(folders: Iterable[Path], protected: Iterable[PathLike]) -> Non
 
     Raises:
         ProtectedSourceError: A folder holds something protected; nothing is deleted then.
+        OutputBusyError: A live process is writing a file in a folder; nothing is deleted then.
         OutputError: A folder cannot be deleted or made.
     """
     folders = list(folders)
     check_cleanable(folders, protected)
+    _check_idle(folders)
     for folder in folders:
         try:
             if folder.is_symlink() or folder.is_file():
@@ -62,11 +66,29 @@ def clean_folders(folders: Iterable[Path], protected: Iterable[PathLike]) -> Non
             raise OutputError(f"{folder} cannot be cleaned: {e}; set an output_dir that is writable") from e
 
 
-def _places(path: Path) -> Iterator[Path]:
+def _check_idle(folders: Iterable[Path]) -> None:
+    """Raises OutputBusyError if a live process writes in a folder."""
+    for folder in folders:
+        busy = None if folder.is_symlink() else find_busy(folder)
+        if busy is not None:
+            file, pid = busy
+            raise OutputBusyError(
+                f"{folder} is not cleaned, for process {pid} is writing {file}: another job or conversion uses it; wait for "
+                f"that or end it, or set another output_dir"
+            )
+
+
+def _places(protected: PathLike) -> list[Path]:
     """Where a path and, for a folder of rank folders, its files really lie."""
-    yield path.resolve()
-    if path.is_dir():
-        for child in path.iterdir():
-            yield child.resolve()
-            if child.name.startswith("rank_") and child.is_dir():
-                yield from (grandchild.resolve() for grandchild in child.iterdir())
+    try:
+        path = Path(protected).expanduser()
+        return [path.resolve(), *_below(path)]
+    except (OSError, RuntimeError) as e:  # RuntimeError: a home folder that nobody has, a link to itself
+        raise CheckpointError(f"{protected} cannot be read: {e}; set it to a path that may be read") from e
+
+
+def _below(path: Path) -> Iterator[Path]:
+    for child in path.iterdir() if path.is_dir() else ():
+        yield child.resolve()
+        if child.name.startswith("rank_") and child.is_dir():
+            yield from (grandchild.resolve() for grandchild in child.iterdir())

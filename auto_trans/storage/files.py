@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,13 +15,14 @@ from typing import Any, Callable, Generic, Optional, TypeVar, Union
 import xxhash
 
 from auto_trans.errors import InsufficientDiskError, OutputError
-from auto_trans.storage.temporary import temporary_name
+from auto_trans.storage.temporary import lock, temporary_name
 
 __all__ = ["NewFile", "Publisher", "new_file", "replicate", "write_json"]
 
 T = TypeVar("T")
 
 _FLUSH_BYTES = 32 * 1024 * 1024
+_COPY_BYTES = 4 * 1024 * 1024
 
 
 class NewFile:
@@ -49,8 +49,7 @@ class NewFile:
         with _output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
-        with contextlib.suppress(OSError):  # where locks work, they tell other machines that the writer lives
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(self._fd)
 
     def __enter__(self) -> NewFile:
         return self
@@ -168,11 +167,13 @@ def replicate(file: Path, replica: Path) -> None:
             try:
                 os.link(file, temporary)
             except OSError:
-                shutil.copyfile(file, temporary)
-                stat = file.stat()
-                os.utime(temporary, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-                with open(temporary, "rb") as f:
-                    os.fsync(f.fileno())
+                with open(file, "rb") as original, open(temporary, "wb") as copy:
+                    lock(copy.fileno())
+                    shutil.copyfileobj(original, copy, _COPY_BYTES)
+                    copy.flush()
+                    stat = os.fstat(original.fileno())
+                    os.utime(temporary, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+                    os.fsync(copy.fileno())
             _commit(temporary, replica)
     finally:
         # rename() of two links to the same file does nothing, so the temporary name may be left

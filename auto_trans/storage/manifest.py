@@ -62,8 +62,7 @@ class Manifest:
         for path in (self._folder / MANIFEST_NAME, *sorted((self._folder / RECORDS_NAME).glob("*.json"))):
             content = _load(path)
             if content.get("version") == _VERSION and content.get("request") == self._request:
-                with contextlib.suppress(KeyError, TypeError):  # damaged: as if it were not there
-                    self._add([FileRecord(**file) for file in content["files"]])
+                self._add(_parse(content) or ())
 
     def done(self, file: str) -> Optional[FileRecord]:
         """The record of a file, if it was made for the same request and is still as it was published."""
@@ -115,15 +114,23 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Optional[list[FileRecord]]:
     """The records of a finished conversion, or None where the folder has no manifest that can be read."""
-    try:
-        return [FileRecord(**file) for file in _load(folder / MANIFEST_NAME)["files"]]
-    except (KeyError, TypeError):
-        return None
+    return _parse(_load(folder / MANIFEST_NAME))
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _parse(content: dict[str, Any]) -> Optional[list[FileRecord]]:
+    """The records in a file; None where it is damaged: as if it were not there."""
+    kinds = {"rank": int, "file": str, "size": int, "mtime_ns": int, "xxh3_128": str}
+    try:
+        records = [FileRecord(**file) for file in content["files"]]
+    except (KeyError, TypeError):
+        return None
+    valid = all(type(getattr(record, name)) is kind for record in records for name, kind in kinds.items())
+    return records if valid else None

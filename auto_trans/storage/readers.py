@@ -1,35 +1,108 @@
-"""Bytes of source files, by offset: mapped local files; what lies elsewhere would be another reader."""
+"""Bytes of source files, by offset: local files, read or mapped; what lies elsewhere would be another reader."""
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
-from typing import Protocol
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, Union
 
 import numpy as np
+import xxhash
 
-from auto_trans.core.tensor import Shard, SourceFile
-from auto_trans.errors import CheckpointError, SourceChangedError
-from auto_trans.storage.formats.head import digest_extents
+from auto_trans.core.tensor import Extent, Shard, SourceFile
+from auto_trans.errors import CheckpointError, CorruptCheckpointError, SourceChangedError
 
-__all__ = ["MappedFile", "Reader", "same_contents"]
+__all__ = ["LocalReader", "MappedFile", "Reader", "digest_extents", "same_contents"]
+
+_READ_BYTES = 4 * 1024 * 1024
 
 
 class Reader(Protocol):
-    """Reads a source file as it was when its head was read."""
+    """An open source file: formats scan it, the engine gathers from it.
+
+    Any method raises CheckpointError where the file cannot be read.
+    """
+
+    @property
+    def path(self) -> str:
+        """Where it lies, for messages, too."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes when it was opened."""
+
+    @property
+    def version(self) -> int:
+        """What changes whenever its contents do; of a local file the modification time in ns."""
 
     def read(self, offset: int, nbytes: int) -> np.ndarray:
-        """Bytes from ``offset`` on, as an array of uint8 that must not be written to; copied only where it must be."""
+        """Bytes from ``offset`` on, as an array of uint8 that must not be written to; fewer where the file ends."""
 
     def check_unchanged(self) -> None:
-        """Raises SourceChangedError if the file was written to since its head was read."""
+        """Raises SourceChangedError if the file was written to since it was opened, or is gone."""
 
     def close(self) -> None:
         """Lets the file go."""
 
 
-class MappedFile:
-    """A local file, mapped: its pages are page cache, which can be reclaimed at any time.
+class LocalReader:
+    """A local file, of which only what is asked for is read.
+
+    Args:
+        path: The file.
+
+    Raises:
+        CheckpointError: It cannot be read (any method).
+    """
+
+    def __init__(self, path: Union[str, Path]) -> None:
+        self.path = str(path)
+        self._fd = -1
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY)
+            self.size, self.version = _state(os.fstat(self._fd))
+        except OSError as e:
+            self.close()
+            raise self._unreadable(e) from e
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray:
+        """Bytes from an offset on, see `Reader`."""
+        try:
+            return np.frombuffer(os.pread(self._fd, nbytes, offset), np.uint8)
+        except OSError as e:
+            raise self._unreadable(e) from e
+
+    def check_unchanged(self) -> None:
+        """Raises SourceChangedError, see `Reader`."""
+        try:
+            now = _state(os.stat(self.path))
+        except OSError as e:
+            raise SourceChangedError(f"{self.path} is gone since the conversion began: {e}") from e
+        if now != (self.size, self.version):
+            raise self._changed()
+
+    def close(self) -> None:
+        """Lets the file go, see `Reader`."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"checkpoint {self.path} cannot be read: {error}")
+
+    def _changed(self) -> SourceChangedError:
+        return SourceChangedError(
+            f"{self.path} was written to while it was being converted; start again once the weights are saved"
+        )
+
+
+class MappedFile(LocalReader):
+    """A local file as it was when its head was read, mapped: its pages are page cache, which can be reclaimed at any time.
+
+    What is read is a view of the mapping; nothing is copied.
 
     Args:
         file: The file.
@@ -40,39 +113,52 @@ class MappedFile:
     """
 
     def __init__(self, file: SourceFile) -> None:
-        self._file = file
+        super().__init__(file.path)
         try:
-            with open(file.path, "rb") as f:
-                # a mapped file that has become shorter would end the process with SIGBUS
-                self._check(os.fstat(f.fileno()))
-                mapping = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        except OSError as e:
-            raise CheckpointError(f"checkpoint {file.path} cannot be read: {e}") from e
-        self._bytes = np.frombuffer(mapping, np.uint8)
+            # a mapped file that has become shorter would end the process with SIGBUS
+            if (self.size, self.version) != (file.size, file.mtime_ns):
+                raise self._changed()
+            self._bytes = np.frombuffer(mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ), np.uint8)
+        except (OSError, ValueError) as e:  # ValueError: there is nothing to map in an empty file
+            raise CheckpointError(f"checkpoint {self.path} cannot be read: {e}") from e
+        finally:
+            super().close()
 
     def read(self, offset: int, nbytes: int) -> np.ndarray:
         """Bytes from an offset on, see `Reader`."""
         return self._bytes[offset : offset + nbytes]
 
-    def check_unchanged(self) -> None:
-        """Raises SourceChangedError, see `Reader`."""
-        try:
-            self._check(os.stat(self._file.path))
-        except OSError as e:
-            raise SourceChangedError(f"{self._file.path} is gone since the conversion began: {e}") from e
-
     def close(self) -> None:
         """Lets the mapping go, once nothing refers to it."""
+        super().close()
         self._bytes = np.empty(0, np.uint8)
 
-    def _check(self, stat: os.stat_result) -> None:
-        if (stat.st_size, stat.st_mtime_ns) != (self._file.size, self._file.mtime_ns):
-            raise SourceChangedError(
-                f"{self._file.path} was written to while it was being converted; start again once the weights are saved"
-            )
+
+def digest_extents(path: Union[str, Path], extents: Sequence[Extent]) -> str:
+    """xxh3 digest of what lies in some extents of a file.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+        CorruptCheckpointError: It is too short.
+    """
+    digest = xxhash.xxh3_128()
+    with contextlib.closing(LocalReader(path)) as reader:
+        for offset, nbytes in extents:
+            end = offset + nbytes
+            while offset < end:
+                part = reader.read(offset, min(end - offset, _READ_BYTES))
+                if not part.nbytes:
+                    raise CorruptCheckpointError(f"{path} became shorter while it was read; copy or save it again")
+                digest.update(part.data)
+                offset += part.nbytes
+    return digest.hexdigest()
 
 
 def same_contents(one: Shard, other: Shard) -> bool:
     """Whether two shards hold the same type, shape and bytes; reads both."""
     alike = (one.tensor.dtype, one.box.size) == (other.tensor.dtype, other.box.size)
     return alike and digest_extents(one.file.path, one.extents) == digest_extents(other.file.path, other.extents)
+
+
+def _state(stat: os.stat_result) -> tuple[int, int]:
+    return stat.st_size, stat.st_mtime_ns

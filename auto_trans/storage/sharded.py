@@ -13,16 +13,21 @@ from auto_trans.log import logger
 from auto_trans.storage.formats.head import FileHead
 from auto_trans.storage.targets import HYPER_PARAMETERS
 
-__all__ = ["check_against_index", "find_shards", "is_lone_shard"]
+__all__ = ["check_against_index", "find_shards", "is_index", "is_lone_shard"]
 
-_SHARD = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
-_MINDSPORE_INDEX = "param_name_map.json"
+_SHARD = re.compile(r"-([0-9]+)-of-([0-9]+)\.safetensors$")
+_INDEX_ENDING, _MINDSPORE_INDEX = ".safetensors.index.json", "param_name_map.json"
 
 
 def is_lone_shard(file: Path) -> bool:
     """Whether a file is, by its name, one of several shards."""
     match = _SHARD.search(file.name)
     return bool(match) and int(match[2]) > 1  # type: ignore[index]
+
+
+def is_index(file: Path) -> bool:
+    """Whether a file is, by its name, the index of shards."""
+    return not file.name.startswith(".") and (file.name.endswith(_INDEX_ENDING) or file.name == _MINDSPORE_INDEX)
 
 
 def find_shards(folder: Path, files: Sequence[Path]) -> Optional[list[Path]]:
@@ -42,10 +47,10 @@ def find_shards(folder: Path, files: Sequence[Path]) -> Optional[list[Path]]:
     """
     weight_map = _read_indices(folder)
     if weight_map is None:
-        lone = [file.name for file in files if is_lone_shard(file)]
+        lone = [file.name for file in files if is_lone_shard(file) or file.name == HYPER_PARAMETERS]
         if lone:
             raise CheckpointNotFoundError(
-                f"{folder} holds shards of a checkpoint ({lone[0]}, ...), but no *.safetensors.index.json and no "
+                f"{folder} holds shards of a checkpoint ({lone[0]}, ...), but no *{_INDEX_ENDING} and no "
                 f"{_MINDSPORE_INDEX}, without which nobody knows whether all are there; copy the index there («src»)"
             )
         return None
@@ -53,9 +58,10 @@ def find_shards(folder: Path, files: Sequence[Path]) -> Optional[list[Path]]:
     named = sorted(set(weight_map.values()))
     missing = [name for name in named if name not in by_name]
     if missing:
+        parameter = next(name for name, file in weight_map.items() if file == missing[0])
         raise CheckpointNotFoundError(
-            f"the index in {folder} names {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, which is not there; "
-            f"copy the missing shards («src»)"
+            f"the index in {folder} names {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}, e.g. for parameter "
+            f"{parameter}, which is not there; copy the missing shards («src»)"
         )
     rest = [name for name in by_name if name not in named and name != HYPER_PARAMETERS]
     unnamed = [name for name in rest if is_lone_shard(by_name[name])]
@@ -105,15 +111,17 @@ def _where(file: Optional[str]) -> str:
 
 def _read_indices(folder: Path) -> Optional[Mapping[str, str]]:
     """Parameter -> file, by HuggingFace's index or MindSpore's; they agree where both are there."""
-    paths = [*sorted(folder.glob("*.safetensors.index.json")), folder / _MINDSPORE_INDEX]
-    maps = {path.name: _read_index(path) for path in paths if path.is_file()}
+    maps = {path: _read_index(path) for path in sorted(folder.iterdir()) if is_index(path) and path.is_file()}
     if not maps:
         return None
     (first, weight_map), *others = maps.items()
-    for name, other in others:
+    for path, other in others:
         if other != weight_map:
+            name = next(n for n in (*weight_map, *other) if weight_map.get(n) != other.get(n))
+            places = [one.get(name, "no file") for one in (weight_map, other)]
             raise CorruptCheckpointError(
-                f"{first} and {name} in {folder} contradict each other; keep the index of the shards that are there («src»)"
+                f"{first} and {path.name} contradict each other: parameter {name} is in {places[0]} by the "
+                f"one and in {places[1]} by the other; keep the index of the shards that are there («src»)"
             )
     return weight_map
 
@@ -121,13 +129,14 @@ def _read_indices(folder: Path) -> Optional[Mapping[str, str]]:
 def _read_index(path: Path) -> Mapping[str, str]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        weight_map = content.get("weight_map", content)
-        valid = all(
-            isinstance(name, str) and isinstance(file, str) and file == Path(file).name
-            for name, file in weight_map.items()
-        )
-    except (OSError, ValueError, AttributeError) as e:
+        weight_map = dict(content.get("weight_map", content).items())
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
         raise CorruptCheckpointError(f"{path} cannot be read ({type(e).__name__}: {e}); copy it again") from e
-    if not weight_map or not valid:
-        raise CorruptCheckpointError(f"{path} is no map of parameters to files in its folder; copy it again")
-    return dict(weight_map)
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name:
+            raise CorruptCheckpointError(
+                f"{path} gives parameter {name} the place {file!r}, which is no file in its folder; copy it again"
+            )
+    if not weight_map:
+        raise CorruptCheckpointError(f"{path} names no parameters; copy it again")
+    return weight_map

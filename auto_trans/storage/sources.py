@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import SourceFile
-from auto_trans.errors import CheckpointNotFoundError, ConfigError, UnsupportedCheckpointError
+from auto_trans.errors import (
+    AutoTransError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    UnsupportedCheckpointError,
+)
 from auto_trans.log import logger
 from auto_trans.storage.formats import FORMATS, Format, format_of, scan
 from auto_trans.storage.formats.head import FileHead, StoredTensor
-from auto_trans.storage.sharded import check_against_index, find_shards, is_lone_shard
+from auto_trans.storage.sharded import check_against_index, find_shards, is_index, is_lone_shard
 from auto_trans.storage.steps import choose_latest, choose_resumed, choose_step
 from auto_trans.storage.strategies import read_strategy
 
@@ -24,8 +31,10 @@ __all__ = ["Checkpoint", "PathLike", "ScannedFiles", "StrategyLike", "as_strateg
 PathLike = Union[str, "os.PathLike[str]"]
 StrategyLike = Union[str, "os.PathLike[str]", Strategy, None]
 
-_RANK_FOLDER = re.compile(r"^rank_(\d+)$")
+_RANK_FOLDER = re.compile(r"^rank_([0-9]+)$")
 _SUFFIXES = tuple(format.suffix for format in FORMATS.values())
+# weights of other libraries, which often lie beside safetensors files
+_FOREIGN = (".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ class ScannedFiles:
         if rank not in self._heads:
             heads = [scan(file) for file in self.checkpoint.files[rank]]
             if self.checkpoint.is_sharded:
-                check_against_index(self.checkpoint.path, heads)
+                with _read_errors(self.checkpoint.path):
+                    check_against_index(self.checkpoint.path, heads)
                 self._places = {name: head for head in heads for name in head.tensors}
             self._heads[rank] = heads
         return self._heads[rank]
@@ -162,28 +172,21 @@ def find_checkpoints(path: PathLike, resume_file: Optional[str] = None, step: Op
         CheckpointNotFoundError: There is nothing to convert.
         UnsupportedCheckpointError: The files are of neither format, or of both.
     """
-    path = Path(path).expanduser()
-    if path.is_file():
-        return [_find_file(path)]
-    if not path.is_dir():
-        raise CheckpointNotFoundError(f"checkpoint {path} is not found; set it to a file or folder that exists («src»)")
-    folders = {int(m.group(1)): f for f in path.iterdir() if (m := _RANK_FOLDER.match(f.name)) and f.is_dir()}
-    files = _checkpoint_files(path)
-    if folders:
-        if files:
-            logger.warning("%s holds rank folders and complete files; the rank folders are used", path)
-        by_rank = _choose({rank: folders[rank] for rank in sorted(folders)}, resume_file, step)
-        name = path.resolve().name
-        return [Checkpoint(name, path, {rank: (file,) for rank, file in by_rank.items()}, distributed=True)]
-    if not files:
-        raise CheckpointNotFoundError(
-            f"checkpoint folder {path} holds neither rank_N folders nor checkpoint files; set it to the folder above rank_0 "
-            f"(«src»)"
-        )
-    shards = find_shards(path, files)
-    if shards is not None:
-        return [Checkpoint(path.resolve().name, path, {0: tuple(shards)}, distributed=False)]
-    return [Checkpoint(file.stem, file, {0: (file,)}, distributed=False) for file in files]
+    with _read_errors(path):
+        path = Path(path).expanduser()
+        if path.is_file():
+            return [_find_file(path)]
+        if not path.is_dir():
+            raise CheckpointNotFoundError(
+                f"checkpoint {path} is not found; set it to a file or folder that exists («src»)"
+            )
+        folders, files = _rank_folders(path), _checkpoint_files(path)
+        if folders:
+            if files:
+                logger.warning("%s holds rank folders and complete files; the rank folders are used", path)
+            by_rank = {rank: (file,) for rank, file in _choose(folders, resume_file, step).items()}
+            return [Checkpoint(path.resolve().name, path, by_rank, distributed=True)]
+        return _find_complete(path, files)
 
 
 def as_strategy(strategy: StrategyLike) -> Strategy:
@@ -194,6 +197,10 @@ def as_strategy(strategy: StrategyLike) -> Strategy:
 
 
 def _find_file(path: Path) -> Checkpoint:
+    if is_index(path):
+        raise UnsupportedCheckpointError(
+            f"{path} is the index of a checkpoint in shards; give the folder {path.parent} («src»)"
+        )
     if path.suffix not in _SUFFIXES:
         raise UnsupportedCheckpointError(
             f"checkpoint {path} does not end with {' or '.join(_SUFFIXES)}; give such a file, or a folder («src»)"
@@ -205,6 +212,42 @@ def _find_file(path: Path) -> Checkpoint:
     return Checkpoint(path.stem, path, {0: (path,)}, distributed=False)
 
 
+def _find_complete(path: Path, files: Sequence[Path]) -> list[Checkpoint]:
+    """The complete checkpoints in a folder: that of the shards, or one of every file."""
+    foreign = sorted(f.name for f in path.iterdir() if f.suffix in _FOREIGN)
+    shards = find_shards(path, files)
+    if not files:
+        raise CheckpointNotFoundError(
+            f"checkpoint folder {path} holds neither rank_N folders nor checkpoint files ({', '.join(_SUFFIXES)}); set it "
+            f"to the folder above rank_0 («src»)"
+        )
+    if foreign:
+        logger.warning("%s: %s is not read, only %s files are", path, ", ".join(foreign[:3]), files[0].suffix)
+    if shards is not None:
+        return [Checkpoint(path.resolve().name, path, {0: tuple(shards)}, distributed=False)]
+    return [Checkpoint(file.stem, file, {0: (file,)}, distributed=False) for file in files]
+
+
+def _rank_folders(path: Path) -> dict[int, Path]:
+    """The rank folders in a folder, by rank."""
+    folders: dict[int, Path] = {}
+    for child in path.iterdir():
+        match = _RANK_FOLDER.match(child.name)
+        if match:
+            rank = int(match[1])
+            if not child.is_dir():
+                raise UnsupportedCheckpointError(
+                    f"{child} is no folder, or a link to nothing; make it the folder with the weights of rank {rank}, or "
+                    f"remove it"
+                )
+            if rank in folders:
+                raise UnsupportedCheckpointError(
+                    f"{folders[rank]} and {child} are both folders of rank {rank}; keep the one with its weights"
+                )
+            folders[rank] = child
+    return dict(sorted(folders.items()))
+
+
 def _choose(folders: Mapping[int, Path], resume_file: Optional[str], step: Optional[str]) -> dict[int, Path]:
     """The file of every rank: the same step of all of them."""
     candidates: Mapping[int, Sequence[Path]] = {rank: _checkpoint_files(folder) for rank, folder in folders.items()}
@@ -213,6 +256,12 @@ def _choose(folders: Mapping[int, Path], resume_file: Optional[str], step: Optio
             raise CheckpointNotFoundError(
                 f"rank folder {folders[rank]} holds no checkpoint file; copy the weights of rank {rank} there, or remove "
                 f"the folder if another rank holds the same slices"
+            )
+        shards = [file for file in files if is_lone_shard(file)]
+        if shards:
+            raise UnsupportedCheckpointError(
+                f"rank folder {folders[rank]} holds shards of a complete checkpoint ({shards[0].name}, ...), not the slices "
+                f"of rank {rank}; give that folder itself without a strategy («src»), or one file for every rank"
             )
     if step is not None:
         candidates = choose_step(candidates, step)
@@ -226,10 +275,29 @@ def _choose(folders: Mapping[int, Path], resume_file: Optional[str], step: Optio
 
 def _checkpoint_files(folder: Path) -> list[Path]:
     """The checkpoint files of a folder by name."""
-    files = sorted(f for f in folder.iterdir() if f.suffix in _SUFFIXES and not f.name.startswith(".") and f.is_file())
+    files = []
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _SUFFIXES and not file.name.startswith("."):
+            if file.is_file():
+                files.append(file)
+            elif not file.exists():
+                raise CheckpointNotFoundError(f"{file} is a link to nothing; copy the weights there, or remove it")
     formats = {f.suffix for f in files}
     if len(formats) > 1:
         raise UnsupportedCheckpointError(
             f"{folder} holds both .ckpt and .safetensors files ({files[0].name}, ...); keep one format there"
         )
     return files
+
+
+@contextlib.contextmanager
+def _read_errors(path: PathLike) -> Iterator[None]:
+    """Whatever the system says of a path becomes an error of the checkpoint."""
+    try:
+        yield
+    except AutoTransError:
+        raise
+    except (OSError, RuntimeError) as e:  # RuntimeError: a home folder that nobody has, a link to itself
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read: {e}; set it to a folder that may be read («src»)"
+        ) from e

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Optional
 
 from auto_trans.core.plan import FilePlan, Plan, TensorPlan
-from auto_trans.errors import OutputExistsError
+from auto_trans.errors import OutputError, OutputExistsError
 from auto_trans.storage.files import NewFile, replicate, write_json
 from auto_trans.storage.formats import FORMATS, Format, encoded_size
 from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, FileRecord, Manifest
@@ -169,8 +169,7 @@ class RankFolders(Target):
             for rank in file.ranks:
                 record = self._manifest.done(self.name(rank))
                 ours = self.path(record.file) if record else None
-                folder = self.folder / f"rank_{rank}"
-                there = sorted(folder.iterdir()) if folder.is_dir() else []
+                there = _contents(self.folder / f"rank_{rank}")
                 _refuse(next((f for f in there if f.suffix[1:] in FORMATS and f != ours), None))
 
     def finish(self) -> bool:
@@ -231,13 +230,10 @@ class SafetensorsSet(Target):
 
     def check(self, files: Iterable[FilePlan]) -> None:
         """Refuses whatever else lies in the folder, see `Target`."""
-        if self.folder.exists() and not self.folder.is_dir():
-            _refuse(self.folder)
-        names = [self.name(0, part) for part in range(len(self._names))]
-        ours = {name for name in names if self._manifest.done(name)}
-        if ours or (self.folder / RECORDS_NAME).is_dir():
+        ours = {name for name in self._names if self._manifest.done(name)}
+        if ours:
             ours |= {MANIFEST_NAME, *INDEX_NAMES}
-        there = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        there = _contents(self.folder)
         _refuse(next((file for file in there if file.name not in ours and not file.name.startswith(".")), None))
 
     def finish(self) -> bool:
@@ -261,6 +257,21 @@ class SafetensorsSet(Target):
             shards[-1].append(tensor)
             room -= tensor.nbytes
         return shards
+
+
+def _contents(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing where it is yet to be made."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except NotADirectoryError as e:
+        file = next(path for path in (folder, *folder.parents) if path.exists())
+        raise OutputError(f"{file} is a file and no folder; set an output directory that is writable («dst»)") from e
+    except OSError as e:
+        raise OutputError(
+            f"{folder} cannot be read: {e}; set an output directory that is readable and writable («dst»)"
+        ) from e
 
 
 def _refuse(file: Optional[Path]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import os
 import re
 import time
@@ -12,17 +11,18 @@ import uuid
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 import xxhash
 
 from auto_trans.process import Process
 
-__all__ = ["SILENT_SECONDS", "sweep", "temporary_name"]
+__all__ = ["SILENT_SECONDS", "find_busy", "lock", "sweep", "temporary_name"]
 
 # .{file}.{digest of where the number counts}-{number}-{start} of the writer-{8 digits by chance}.tmp
 _NAME = re.compile(r"^\..+\.(?P<space>[0-9a-f]{16})-(?P<pid>\d+)-(?P<started>\d+)-[0-9a-f]{8}\.tmp$")
 
-# Seconds without a write before the file of a process on another machine, or of an unknown one, is given up.
+# Seconds without a write before the file of a process on another machine is given up.
 SILENT_SECONDS = 24 * 3600.0
 
 
@@ -31,6 +31,12 @@ def temporary_name(path: Path) -> Path:
     writer = Process.current()
     mark = f"{_digest(writer.space)}-{writer.pid}-{writer.started}-{uuid.uuid4().hex[:8]}"
     return path.with_name(f".{path.name}.{mark}.tmp")
+
+
+def lock(fd: int) -> None:
+    """Takes the lock by which other machines see that a writer lives, where the file system has locks."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def sweep(folders: Iterable[Path]) -> list[Path]:
@@ -45,21 +51,50 @@ def sweep(folders: Iterable[Path]) -> list[Path]:
     Returns:
         What was removed.
     """
-    found = itertools.chain.from_iterable(folder.glob(".*.tmp") for folder in folders if folder.is_dir())
     removed = []
-    for file in list(found):
-        with contextlib.suppress(OSError):
-            if _is_abandoned(file):
-                file.unlink()
-                removed.append(file)
+    for folder in folders:
+        for match in filter(None, map(_NAME.match, _names(folder))):
+            file = folder / match.string
+            with contextlib.suppress(OSError):
+                if _is_abandoned(file, _writer(match)):
+                    file.unlink()
+                    removed.append(file)
     return removed
 
 
-def _is_abandoned(file: Path) -> bool:
-    match, here = _NAME.match(file.name), Process.current()
-    if match and here.space and match["space"] == _digest(here.space):
-        return replace(here, pid=int(match["pid"]), started=int(match["started"])).is_dead() and _is_unlocked(file)
-    return time.time() - file.stat().st_mtime > SILENT_SECONDS and _is_unlocked(file)
+def find_busy(folder: Path) -> Optional[tuple[Path, int]]:
+    """A temporary file in a folder, or anywhere below, whose writer surely lives, and the writer's process number.
+
+    A process of this machine lives if one has its number and start time; one of another machine if it holds the lock of
+    its file. What was just written tells nothing: a job that was killed is often started again at once.
+    """
+    for root, _, names in os.walk(folder):
+        for match in filter(None, map(_NAME.match, names)):
+            file, writer = Path(root, match.string), _writer(match)
+            with contextlib.suppress(OSError):
+                if (writer is not None and not writer.is_dead()) or not _is_unlocked(file):
+                    return file, int(match["pid"])
+    return None
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:  # what cannot be seen cannot be written to, either, and that is told
+        return []
+
+
+def _writer(match: re.Match[str]) -> Optional[Process]:
+    """The process of this machine that a temporary name names; None if it is one of another."""
+    here = Process.current()
+    if not here.space or match["space"] != _digest(here.space):
+        return None
+    return replace(here, pid=int(match["pid"]), started=int(match["started"]))
+
+
+def _is_abandoned(file: Path, writer: Optional[Process]) -> bool:
+    gone = writer.is_dead() if writer else time.time() - file.stat().st_mtime > SILENT_SECONDS
+    return gone and _is_unlocked(file)
 
 
 def _digest(space: str) -> str:

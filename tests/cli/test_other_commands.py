@@ -73,7 +73,7 @@ def converted(genuine, tmp_path):
 
 def damage(path, name):
     """Changes one byte of a parameter."""
-    from auto_trans.storage.formats.ckpt import scan
+    from auto_trans.storage.formats import scan
 
     offset, nbytes = scan(path).tensors[name].segments[0]
     content = bytearray(path.read_bytes())

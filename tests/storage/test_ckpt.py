@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +19,9 @@ from auto_trans.errors import (
     EncryptedCheckpointError,
     UnsupportedCheckpointError,
 )
-from auto_trans.storage.formats import FORMATS, encoded_size
-from auto_trans.storage.formats.ckpt import encode, scan
-from auto_trans.storage.formats.head import digest_extents
+from auto_trans.storage.formats import FORMATS, encoded_size, scan
+from auto_trans.storage.formats.ckpt import encode
+from auto_trans.storage.readers import digest_extents
 
 
 class Head(NamedTuple):
@@ -254,7 +255,7 @@ def test_unknown_fields_and_packed_dims_are_read(tmp_path):
 
 
 def test_file_that_becomes_shorter_while_it_is_scanned(saved, monkeypatch):
-    monkeypatch.setattr(ckpt.os, "pread", lambda fd, n, at, pread=ckpt.os.pread: b"" if at > 500 else pread(fd, n, at))
+    monkeypatch.setattr(os, "pread", lambda fd, n, at, pread=os.pread: b"" if at > 500 else pread(fd, n, at))
     with pytest.raises(CorruptCheckpointError, match=r"all\.ckpt .*unexpected end"):
         scan(saved)
 
@@ -263,6 +264,6 @@ def test_disk_that_fails_is_told(saved, monkeypatch):
     def fail(*arguments):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(ckpt.os, "pread", fail)
+    monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(CheckpointError, match=r"all\.ckpt cannot be read.*Input/output error"):
         scan(saved)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from auto_trans.errors import ProtectedSourceError
+from auto_trans.errors import CheckpointError, ProtectedSourceError
 from auto_trans.storage.clean import clean_folders
 
 
@@ -82,3 +82,10 @@ def test_symlink_is_replaced_and_what_it_leads_to_is_left(output, tmp_path):
     clean_folders(folders(output), [])
     assert (tmp_path / "elsewhere" / "weights").read_bytes() == b"precious"
     assert (output / "strategy").is_dir() and not (output / "strategy").is_symlink()
+
+
+def test_path_that_cannot_be_followed_is_told(output, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in ("~nobody_of_that_name/model", tmp_path / "loop"):
+        with pytest.raises(CheckpointError, match=f"{path} cannot be read"):
+            clean_folders(folders(output), [path])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from auto_trans import convert
 from auto_trans.errors import CorruptCheckpointError, UnsupportedCheckpointError
-from auto_trans.storage.formats.safetensors import scan
+from auto_trans.storage.formats import scan
 
 
 def read(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, Callable, NamedTuple
 from auto_trans.errors import ConfigError
 from auto_trans.storage.formats import ckpt, safetensors
 from auto_trans.storage.formats.head import FileHead, Record, TensorHead
+from auto_trans.storage.readers import LocalReader, Reader
 
 __all__ = ["FORMATS", "Format", "encoded_size", "format_of", "parse_format", "scan"]
 
@@ -18,12 +20,12 @@ class Format(NamedTuple):
 
     Attributes:
         name: Its name, which is also the ending of its files.
-        scan: Finds the tensors of a file.
+        scan: Finds the tensors of a file without reading their contents.
         encode: Lays out a file: the tensors in file order, each with its records.
     """
 
     name: str
-    scan: Callable[[Path], FileHead]
+    scan: Callable[[Reader], FileHead]
     encode: Callable[[Iterable[Any]], Iterator[tuple[Any, list[Record]]]]
 
     @property
@@ -55,8 +57,13 @@ def format_of(path: Path) -> Format:
 
 
 def scan(path: Path) -> FileHead:
-    """Finds the tensors of a file of any format without reading their contents."""
-    return format_of(path).scan(path)
+    """Finds the tensors of a local file of any format without reading their contents.
+
+    Raises:
+        CheckpointError: The file cannot be read, or is none of its format.
+    """
+    with contextlib.closing(LocalReader(path)) as reader:
+        return format_of(path).scan(reader)
 
 
 def encoded_size(format: Format, tensors: Iterable[TensorHead]) -> int:

@@ -14,20 +14,16 @@ skips the contents; a file of any size is scanned in milliseconds.
 from __future__ import annotations
 
 import binascii
+import contextlib
 import math
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from auto_trans.core.tensor import Shape
-from auto_trans.errors import (
-    CheckpointError,
-    CorruptCheckpointError,
-    EncryptedCheckpointError,
-    UnsupportedCheckpointError,
-)
+from auto_trans.errors import CorruptCheckpointError, EncryptedCheckpointError, UnsupportedCheckpointError
 from auto_trans.storage.formats.head import FileHead, Record, StoredTensor, T
 from auto_trans.storage.formats.wire import WireError, WireReader, bytes_field, bytes_head, number_field
+from auto_trans.storage.readers import LocalReader, Reader
 
 __all__ = ["CHUNK_BYTES", "compute_crc", "encode", "scan"]
 
@@ -40,7 +36,7 @@ _ENCRYPTED = (b"\xd8\x5e\x3a\x7f", b"\xd9\x5e\x3a\x7f", b"\xda\x5e\x3a\x7f")
 _DIM = (0, 2**63 - 1)
 
 
-def scan(path: Path) -> FileHead:
+def scan(reader: Reader) -> FileHead:
     """Finds the tensors of a ``.ckpt`` file without reading their contents.
 
     Raises:
@@ -49,14 +45,15 @@ def scan(path: Path) -> FileHead:
         CorruptCheckpointError: It is truncated, empty or no checkpoint.
         UnsupportedCheckpointError: It holds a MapParameter.
     """
+    path = Path(reader.path)
+    if reader.read(0, 4).tobytes() in _ENCRYPTED:
+        raise EncryptedCheckpointError(f"{path} is encrypted; decrypt it first (load and save it with dec_key)")
+    tail = reader.read(max(0, reader.size - _CRC_BYTES), _CRC_BYTES).tobytes()
+    crc = int.from_bytes(tail[-10:], "big") if tail.startswith(_CRC_MARK) and len(tail) == _CRC_BYTES else None
+    end = reader.size - (_CRC_BYTES if crc is not None else 0)
+    wire = WireReader(lambda position, length: reader.read(position, length).tobytes(), end)
     try:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            return _scan(fd, path)
-        finally:
-            os.close(fd)
-    except OSError as e:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {e}") from e
+        return FileHead(path, _scan_values(wire, path), reader.size, reader.version, crc)
     except WireError as e:
         raise CorruptCheckpointError(
             f"{path} is not a complete MindSpore checkpoint: {e}; it is truncated, damaged or of another format; copy or "
@@ -64,25 +61,18 @@ def scan(path: Path) -> FileHead:
         ) from e
 
 
-def compute_crc(index: FileHead) -> int:
-    """The crc32 that the trailer of a file with ``crc_check`` should hold; reads the whole file."""
-    crc, rest = 0, index.size - _CRC_BYTES
-    with open(index.path, "rb") as f:
-        while rest and (part := f.read(min(rest, _READ_BYTES))):
-            crc = binascii.crc32(part, crc)
-            rest -= len(part)
+def compute_crc(head: FileHead) -> int:
+    """The crc32 that the trailer of a file with ``crc_check`` should hold; reads the whole file.
+
+    Raises:
+        CheckpointError: The file cannot be read.
+    """
+    crc, offset, end = 0, 0, head.size - _CRC_BYTES
+    with contextlib.closing(LocalReader(head.path)) as reader:
+        while offset < end and (part := reader.read(offset, min(end - offset, _READ_BYTES))).nbytes:
+            crc = binascii.crc32(part.data, crc)
+            offset += part.nbytes
     return crc
-
-
-def _scan(fd: int, path: Path) -> FileHead:
-    stat = os.fstat(fd)
-    if os.pread(fd, 4, 0) in _ENCRYPTED:
-        raise EncryptedCheckpointError(f"{path} is encrypted; decrypt it first (load and save it with dec_key)")
-    tail = os.pread(fd, _CRC_BYTES, max(0, stat.st_size - _CRC_BYTES))
-    crc = int.from_bytes(tail[-10:], "big") if tail.startswith(_CRC_MARK) and len(tail) == _CRC_BYTES else None
-    end = stat.st_size - (_CRC_BYTES if crc is not None else 0)
-    reader = WireReader(lambda position, length: os.pread(fd, length, position), end)
-    return FileHead(path, _scan_values(reader, path), stat.st_size, stat.st_mtime_ns, crc)
 
 
 def _scan_values(reader: WireReader, path: Path) -> dict[str, StoredTensor]:

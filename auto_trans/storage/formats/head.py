@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Optional, Protocol, TypeVar, Union
-
-import xxhash
+from typing import NamedTuple, Optional, Protocol, TypeVar
 
 from auto_trans.core.tensor import ITEM_BYTES, Extent, Shape
-from auto_trans.errors import CorruptCheckpointError
 
-__all__ = ["FileHead", "Record", "StoredTensor", "TensorHead", "digest_extents"]
-
-_READ_BYTES = 4 * 1024 * 1024
+__all__ = ["FileHead", "Record", "StoredTensor", "TensorHead"]
 
 
 class TensorHead(Protocol):
@@ -98,22 +93,3 @@ class FileHead:
     mtime_ns: int
     crc: Optional[int] = None
     redundancy_removed: Optional[bool] = None
-
-
-def digest_extents(path: Union[str, Path], extents: Sequence[Extent]) -> str:
-    """xxh3 digest of what lies in some extents of a file.
-
-    Raises:
-        CorruptCheckpointError: The file is too short.
-    """
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as f:
-        for offset, nbytes in extents:
-            f.seek(offset)
-            while nbytes:
-                part = f.read(min(nbytes, _READ_BYTES))
-                if not part:
-                    raise CorruptCheckpointError(f"{path} became shorter while it was read; copy or save it again")
-                digest.update(part)
-                nbytes -= len(part)
-    return digest.hexdigest()

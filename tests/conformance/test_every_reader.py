@@ -1,0 +1,163 @@
+"""What every reader of source files must do. To add one, subclass `ReaderTests`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from abc import ABC, abstractmethod
+
+import numpy as np
+import pytest
+
+from auto_trans.core.tensor import SourceFile
+from auto_trans.errors import CheckpointError, CorruptCheckpointError, SourceChangedError
+from auto_trans.storage.readers import LocalReader, MappedFile, digest_extents
+
+CONTENT = bytes(range(256)) * 40
+
+
+class ReaderTests(ABC):
+    """Open, read, look again."""
+
+    @abstractmethod
+    def open(self, path):
+        """Opens a file as it is now."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        (tmp_path / "x.ckpt").write_bytes(CONTENT)
+        return tmp_path / "x.ckpt"
+
+    @pytest.fixture
+    def reader(self, path):
+        with contextlib.closing(self.open(path)) as reader:
+            yield reader
+
+    def test_state_is_that_of_the_file(self, reader, path):
+        stat = path.stat()
+        assert (reader.path, reader.size, reader.version) == (str(path), len(CONTENT), stat.st_mtime_ns)
+
+    @pytest.mark.parametrize(
+        "begin, end", [(0, 0), (0, 1), (5, 300), (0, len(CONTENT)), (len(CONTENT) - 1, len(CONTENT))]
+    )
+    def test_what_is_asked_for_is_read(self, reader, begin, end):
+        got = reader.read(begin, end - begin)
+        assert got.dtype == np.uint8 and got.ndim == 1
+        assert got.tobytes() == CONTENT[begin:end] and got.data.nbytes == end - begin
+
+    def test_there_is_less_where_the_file_ends(self, reader):
+        assert reader.read(len(CONTENT) - 3, 10).tobytes() == CONTENT[-3:]
+        assert reader.read(len(CONTENT), 10).nbytes == 0
+        assert reader.read(len(CONTENT) + 5, 10).nbytes == 0
+
+    def test_what_was_read_cannot_be_written_to(self, reader):
+        with pytest.raises(ValueError, match="read-only"):
+            reader.read(0, 4)[0] = 1
+
+    def test_what_was_read_stays(self, path):
+        reader = self.open(path)
+        first, second = reader.read(0, 100), reader.read(50, 100)
+        reader.close()
+        assert (first.tobytes(), second.tobytes()) == (CONTENT[:100], CONTENT[50:150])
+
+    def test_it_may_be_closed_twice(self, path):
+        reader = self.open(path)
+        reader.close()
+        reader.close()
+
+    def test_closing_gives_the_file_back(self, path):
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            self.open(path).close()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_unchanged_file_passes(self, reader):
+        reader.read(0, 10)
+        reader.check_unchanged()
+
+    def test_change_of_size_is_noticed(self, reader, path):
+        stat = path.stat()
+        with path.open("ab") as file:
+            file.write(b"more")
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        with pytest.raises(SourceChangedError, match=r"x\.ckpt was written to"):
+            reader.check_unchanged()
+
+    def test_change_of_time_is_noticed(self, reader, path):
+        stat = path.stat()
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+        with pytest.raises(SourceChangedError, match=r"x\.ckpt was written to"):
+            reader.check_unchanged()
+
+    def test_other_file_in_its_place_is_noticed(self, reader, path):
+        other = path.with_name("other")
+        other.write_bytes(CONTENT[::-1])
+        os.utime(other, ns=(0, 0))
+        other.replace(path)
+        with pytest.raises(SourceChangedError):
+            reader.check_unchanged()
+        assert reader.read(0, 9).tobytes() == CONTENT[:9], "what is open is still the old one"
+
+    def test_file_that_is_gone_is_noticed(self, reader, path):
+        path.unlink()
+        with pytest.raises(SourceChangedError, match=r"x\.ckpt is gone"):
+            reader.check_unchanged()
+
+    def test_file_that_is_not_there_is_named(self, tmp_path):
+        with pytest.raises(CheckpointError, match=r"nowhere\.ckpt cannot be read: .*No such file"):
+            self.open(tmp_path / "nowhere.ckpt")
+
+    def test_folder_is_named(self, tmp_path):
+        with pytest.raises(CheckpointError, match="cannot be read"), contextlib.closing(self.open(tmp_path)) as reader:
+            reader.read(0, 1)
+
+
+class TestLocalReader(ReaderTests):
+    def open(self, path):
+        return LocalReader(path)
+
+    def test_disk_that_fails_is_told(self, reader, monkeypatch):
+        def fail(*arguments):
+            raise OSError(5, "Input/output error")
+
+        monkeypatch.setattr(os, "pread", fail)
+        with pytest.raises(CheckpointError, match=r"x\.ckpt cannot be read: .*Input/output error"):
+            reader.read(0, 1)
+
+    def test_empty_file_is_read(self, tmp_path):
+        (tmp_path / "empty").write_bytes(b"")
+        with contextlib.closing(self.open(tmp_path / "empty")) as reader:
+            assert (reader.size, reader.read(0, 8).nbytes) == (0, 0)
+
+
+class TestMappedFile(ReaderTests):
+    def open(self, path):
+        stat = path.stat() if path.exists() else os.stat_result(range(10))
+        return MappedFile(SourceFile(str(path), stat.st_size, stat.st_mtime_ns))
+
+    @pytest.mark.parametrize("size, mtime", [(1, 0), (-1, 0), (0, 1), (0, -1)])
+    def test_change_before_it_was_opened_is_noticed(self, path, size, mtime):
+        stat = path.stat()
+        with pytest.raises(SourceChangedError, match=r"x\.ckpt was written to"):
+            MappedFile(SourceFile(str(path), stat.st_size + size, stat.st_mtime_ns + mtime))
+
+    def test_nothing_is_copied(self, reader):
+        whole = reader.read(0, len(CONTENT))
+        assert np.shares_memory(whole, reader.read(10, 100))
+
+    def test_empty_file_is_told(self, tmp_path):
+        (tmp_path / "empty.ckpt").write_bytes(b"")
+        with pytest.raises(CheckpointError, match=r"empty\.ckpt cannot be read"):
+            self.open(tmp_path / "empty.ckpt")
+
+
+def test_digest_is_that_of_the_extents(tmp_path):
+    import xxhash
+
+    path = tmp_path / "x.ckpt"
+    path.write_bytes(CONTENT)
+    assert digest_extents(path, [(0, 10), (20, 30)]) == xxhash.xxh3_128_hexdigest(CONTENT[:10] + CONTENT[20:50])
+    with pytest.raises(CorruptCheckpointError, match=r"x\.ckpt became shorter"):
+        digest_extents(path, [(len(CONTENT) - 5, 6)])
+    with pytest.raises(CheckpointError, match=r"nowhere cannot be read"):
+        digest_extents(tmp_path / "nowhere", [(0, 1)])
