@@ -15,8 +15,9 @@ from typing import Callable, Optional, Union
 from auto_trans.config import parse_memory
 from auto_trans.core.consistency import check_heads, check_network, check_shapes
 from auto_trans.core.plan import FilePlan, Plan, make_plan
-from auto_trans.core.rules import Allowed, some
-from auto_trans.core.source import SlicedSource
+from auto_trans.core.rules import NOTHING, Allowed, some
+from auto_trans.core.source import Heads, SlicedSource
+from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import Shape
 from auto_trans.engine.base import ConversionTask, Engine
 from auto_trans.engine.native import NativeEngine
@@ -33,7 +34,7 @@ from auto_trans.storage.readers import same_contents
 from auto_trans.storage.sources import Checkpoint, PathLike, ScannedFiles, StrategyLike, as_strategy, find_sources
 from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 
-__all__ = ["Conversion", "convert", "plan_conversion", "plan_conversions"]
+__all__ = ["Conversion", "check_source", "convert", "plan_conversion", "plan_conversions"]
 
 
 class Conversion:
@@ -97,7 +98,8 @@ class Conversion:
         check_disk(self.request.dst, int(sum(self.target.size(file) for file in todo) / part))
         if heads:
             check_heads(self.request.from_strategy, self._heads)
-        check_network(self.request.network, self._slices(), self.request.from_strategy.origin)
+        if self.request.network is not None:
+            check_network(self.request.network, self._slices(), self.request.from_strategy.origin)
         self._check_carried()
         if self.request.check_replicas:
             self._check_replicas()
@@ -222,6 +224,25 @@ class Conversion:
     def _there(self, file: FilePlan) -> Iterator[FileRecord]:
         """What is there already with the contents of a file, of its own ranks and of others."""
         return (record for rank in self.replicas(file) if (record := self.target.done(rank, file.part)))
+
+
+def check_source(strategy: Strategy, heads: Heads, allowed: Allowed = NOTHING) -> Plan:
+    """Checks all that a source and its strategy tell without a target, or the contents of the files.
+
+    Args:
+        strategy: Strategy of the source.
+        heads: The heads of its files.
+        allowed: What is allowed although it looks wrong.
+
+    Returns:
+        The plan of one complete checkpoint, which needs every slice of every parameter.
+
+    Raises:
+        AutoTransError: The source cannot be converted.
+    """
+    source = SlicedSource(strategy, heads)
+    check_shapes(source)
+    return make_plan(source, Strategy.complete(), allowed=allowed)
 
 
 def plan_conversions(request: Request) -> list[Conversion]:

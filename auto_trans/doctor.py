@@ -16,13 +16,12 @@ from typing import Any, Optional
 import filelock
 import yaml
 
-from auto_trans.config import AutoTransConfig
+from auto_trans.config import YAML_KEYS, AutoTransConfig
+from auto_trans.conversion import check_source
 from auto_trans.coordination.board import read_json, write_json
 from auto_trans.coordination.election import Assignment, elect
-from auto_trans.core.consistency import check_heads, check_shapes
-from auto_trans.core.plan import make_plan
-from auto_trans.core.source import SlicedSource
-from auto_trans.core.strategy import Strategy
+from auto_trans.core.consistency import check_heads
+from auto_trans.core.rules import Allowed
 from auto_trans.errors import AutoTransError
 from auto_trans.hooks.patches import KNOWN_VERSIONS
 from auto_trans.sizes import format_bytes
@@ -143,8 +142,7 @@ def _environment() -> Iterator[Check]:
     from auto_trans.hooks.finder import _Finder
 
     version = sys.version.split()[0]
-    supported = (3, 9) <= sys.version_info[:2] <= (3, 11)
-    yield Check("ok" if supported else "warning", f"Python {version}", "" if supported else "use Python 3.9 to 3.11")
+    yield Check("ok", f"Python {version}")
     for package in ("mindspore", "mindformers"):
         try:
             found = metadata.version(package)
@@ -172,6 +170,10 @@ def _environment() -> Iterator[Check]:
 def _job(settings: Mapping[str, Any], world_size: int) -> Iterator[Check]:
     if settings.get("auto_trans_ckpt") is not True:
         yield Check("warning", "auto_trans_ckpt is not True: nothing will be converted", "set auto_trans_ckpt: True")
+    if settings.get("load_ckpt_format") == "safetensors":
+        yield Check(
+            "warning", "load_ckpt_format is safetensors: MindFormers' own conversion is used, not that of auto_trans"
+        )
     checkpoint = settings.get("checkpoint") or {}
     path = (checkpoint.get("load_path") if isinstance(checkpoint, Mapping) else None) or settings.get("load_checkpoint")
     output = Path(str(settings.get("output_dir") or "./output")).expanduser()
@@ -187,20 +189,18 @@ def _job(settings: Mapping[str, Any], world_size: int) -> Iterator[Check]:
         yield Check(
             "ok", f"source strategy: {source.world_size} ranks in {source.stages} stage{'s' * (source.stages > 1)}"
         )
-        size = 0
+        size, allowed = 0, Allowed(config.allow_extra, config.allow_missing)
         for one in found:
             size += sum(file.stat().st_size for file in one.all_files)
             heads = ScannedFiles(one)
-            opened = SlicedSource(source, heads)
-            check_shapes(opened)
-            # the plan of one complete file needs every slice, so it finds what is missing or does not fit
-            plan = make_plan(opened, Strategy.complete())
+            plan = check_source(source, heads, allowed)
             check_heads(source, heads)
             size = max(size, plan.nbytes)
             yield Check(
                 "ok", f"{one.path}: {len(one.all_files)} file{'s' * (len(one.all_files) > 1)} readable and complete"
             )
     except AutoTransError as e:
+        e.told_by(YAML_KEYS)
         yield Check("error", str(e))
         return
     free, memory = free_disk(output), available_memory()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
@@ -10,10 +9,11 @@ from typing import Any, Optional
 import xxhash
 
 from auto_trans.config import DEFAULT_MEMORY, parse_engine
+from auto_trans.core.consistency import Network
 from auto_trans.core.edits import Edit
 from auto_trans.core.rules import NOTHING, Allowed
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import ConfigError
+from auto_trans.errors import CheckpointNotFoundError, ConfigError
 from auto_trans.storage.formats import parse_format
 from auto_trans.storage.sources import Checkpoint
 
@@ -44,7 +44,7 @@ class Request:
         memory_limit: Bytes of memory of a process.
         reuse: Keep files that are there already and were made for the same request.
         check_replicas: Compare the bytes of all copies of every slice first.
-        network: Parameter -> shape in the network that will load the target, where there is one.
+        network: The network that will load the target, where there is one.
     """
 
     src: Path
@@ -65,7 +65,7 @@ class Request:
     memory_limit: int = DEFAULT_MEMORY
     reuse: bool = True
     check_replicas: bool = False
-    network: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
+    network: Optional[Network] = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -89,7 +89,12 @@ class Request:
         sources = []
         for rank, files in checkpoint.files.items():
             for file in files:
-                stat = file.stat()
+                try:
+                    stat = file.stat()
+                except OSError as e:
+                    raise CheckpointNotFoundError(
+                        f"checkpoint {file} is gone since it was found: {e}; start again"
+                    ) from e
                 sources.append((rank, str(file.resolve()), stat.st_size, stat.st_mtime_ns))
         content: list[tuple[str, Any]] = [("sources", sources)]
         for item in fields(self):

@@ -251,8 +251,9 @@ def _merge_stages(target: Strategy, strategy_dir: Path) -> None:
 def _link(checkpoint: Checkpoint, request: Request) -> None:
     """Has the loader find the source as it is, once it is seen to be what the network expects."""
     source = SlicedSource(request.from_strategy, ScannedFiles(checkpoint))
-    shapes = ((name, source.tensor(name).shape, source.held_shape(name)) for name in source.names)
-    check_network(request.network, shapes, request.from_strategy.origin)
+    if request.network is not None:
+        shapes = ((name, source.tensor(name).shape, source.held_shape(name)) for name in source.names)
+        check_network(request.network, shapes, request.from_strategy.origin)
     for rank in range(request.to_strategy.world_size):
         link = rank_file(request.dst / checkpoint.name, request.prefix, rank)
         (original,) = checkpoint.files[rank if checkpoint.distributed and len(checkpoint.files) > 1 else 0]

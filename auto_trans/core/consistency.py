@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from auto_trans.core.rules import kind_of
 from auto_trans.core.source import Heads, Source, Stored
@@ -15,7 +16,7 @@ from auto_trans.core.strategy import Strategy, is_optimizer_state
 from auto_trans.core.tensor import Shape
 from auto_trans.errors import PlanError
 
-__all__ = ["check_heads", "check_network", "check_shapes"]
+__all__ = ["Network", "check_heads", "check_network", "check_shapes"]
 
 # the matrices of a feed-forward: into it, and back
 _FEED_FORWARD = [
@@ -97,24 +98,45 @@ def check_heads(strategy: Strategy, heads: Heads) -> None:
                 )
 
 
-def check_network(shapes: Mapping[str, Shape], tensors: Iterable[tuple[str, Shape, Shape]], origin: str) -> None:
+@dataclass(frozen=True)
+class Network:
+    """What is known of the network that will load the target.
+
+    Attributes:
+        shapes: Parameter -> its shape.
+        sliced: Whether it was compiled for this rank, so that a parameter may have the shape of a slice. Optimizer shard
+            may or may not show in it, and what belongs to other stages keeps its full shape.
+    """
+
+    shapes: Mapping[str, Shape]
+    sliced: bool = False
+
+    def expects(self, name: str, full: Shape, part: Shape) -> bool:
+        """Whether a parameter of a full shape, of which a rank gets a part, can be loaded."""
+        shape = self.shapes.get(name)
+        if shape is None or shape == full:
+            return True
+        between = len(shape) == len(full) and not any(f % s or s % p for f, s, p in zip(full, shape, part) if s and p)
+        return self.sliced and between
+
+
+def check_network(network: Network, tensors: Iterable[tuple[str, Shape, Shape]], origin: str) -> None:
     """Compares what a plan makes with the network that will load it.
 
     Args:
-        shapes: Parameter -> its shape in the network, full or as this rank holds it.
-        tensors: Name, full shape and shape of this rank's slice of every parameter that is made for this rank.
+        network: The network.
+        tensors: Name, full shape and shape of a slice of every parameter that is made.
         origin: The source strategy, for the message.
 
     Raises:
         PlanError: The plan makes something else of a parameter.
     """
     for name, full, part in tensors:
-        shape = shapes.get(name)
-        if shape is not None and shape not in (full, part):
+        if not network.expects(name, full, part):
             raise PlanError(
-                f"parameter {name} is {list(shape)} in the network, but by the source strategy {origin} its slices make up "
-                f"{list(full)} ({list(part)} on this rank): that is not the strategy that the weights were saved under; set "
-                f"«src_strategy» to the one in the output of the job that saved them"
+                f"parameter {name} is {list(network.shapes[name])} in the network, but by the source strategy {origin} its "
+                f"slices make up {list(full)} ({list(part)} on a rank): that is not the strategy that the weights were "
+                f"saved under; set «src_strategy» to the one in the output of the job that saved them"
             )
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, Callable, Optional
 
 from auto_trans.config import AutoTransConfig
+from auto_trans.conversion import check_source
 from auto_trans.coordination.election import LEADER
 from auto_trans.coordination.session import Session
-from auto_trans.core.consistency import check_heads, check_shapes
-from auto_trans.core.plan import make_plan
+from auto_trans.core.consistency import check_heads
 from auto_trans.core.rules import Allowed
-from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.hooks.job import Job, in_yaml_words
 from auto_trans.log import logger
@@ -81,7 +80,7 @@ def _check_source(session: Session, config: AutoTransConfig) -> None:
     for checkpoint in find_sources(config.load_checkpoint, strategy, config.resume_file):
         check_heads(strategy, ScannedFiles(_share(checkpoint, strategy, session.rank, session.world_size)))
         if session.is_leader:
-            _check_mergeable(checkpoint, strategy, Allowed(config.allow_extra, config.allow_missing))
+            check_source(strategy, ScannedFiles(checkpoint), Allowed(config.allow_extra, config.allow_missing))
 
 
 def _share(checkpoint: Checkpoint, strategy: Strategy, rank: int, world_size: int) -> Checkpoint:
@@ -91,9 +90,3 @@ def _share(checkpoint: Checkpoint, strategy: Strategy, rank: int, world_size: in
     mine = sorted({*firsts, *ranks[rank::world_size]})
     files = {r: checkpoint.files[r] for r in mine}
     return Checkpoint(checkpoint.name, checkpoint.path, files, checkpoint.distributed)
-
-
-def _check_mergeable(checkpoint: Checkpoint, strategy: Strategy, allowed: Allowed) -> None:
-    source = SlicedSource(strategy, ScannedFiles(checkpoint))
-    check_shapes(source)
-    make_plan(source, Strategy.complete(), allowed=allowed)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from auto_trans.config import YAML_KEYS, Timing
 from auto_trans.coordination.lock import OutputLock
 from auto_trans.coordination.session import Session, job_key
-from auto_trans.core.tensor import Shape
+from auto_trans.core.consistency import Network
 from auto_trans.errors import AutoTransError, RankFailedError
 from auto_trans.log import logger
 
@@ -25,11 +25,11 @@ class Running:
 
     Attributes:
         settings: The configuration of the job.
-        network: Parameter -> shape in the network, while weights are loaded into it.
+        network: The network, while weights are loaded into it.
     """
 
     settings: Mapping[str, Any]
-    network: Mapping[str, Shape] = field(default_factory=dict)
+    network: Optional[Network] = None
 
 
 # MindFormers calls what it imported from us deep inside of what we wrap: these carry from the outer call to the inner one

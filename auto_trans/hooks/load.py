@@ -6,16 +6,18 @@ the graph is compiled, which can take an hour, and told to what MindFormers call
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Callable
 
 from auto_trans.config import AutoTransConfig
 from auto_trans.coordination.election import elect
-from auto_trans.core.tensor import Shape
+from auto_trans.core.consistency import Network
 from auto_trans.hooks.job import Job, Running, in_yaml_words
 from auto_trans.log import logger
 
-__all__ = ["check_settings", "load_checkpoint"]
+__all__ = ["WHOLE_MODES", "check_settings", "load_checkpoint", "load_path", "look_at"]
+
+# parallel modes in which every rank holds all weights whole
+WHOLE_MODES = ("stand_alone", "data_parallel")
 
 
 def check_settings(original: Callable[..., None], trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -63,19 +65,23 @@ def load_checkpoint(
         elect(job.world_size, settings.transform_process_num)
     optimizer = kwargs.get("optimizer", args[1] if len(args) > 1 else None)
     try:
-        with Job.knowing(Running(config, shapes_of(network, optimizer))):
+        with Job.knowing(Running(config, look_at(network, optimizer))):
             original(config, model, network, *args, **kwargs)
     finally:
         job.release()
 
 
-def shapes_of(*cells: Any) -> Mapping[str, Shape]:
-    """Parameter -> shape of everything in networks and optimizers."""
-    shapes: dict[str, Shape] = {}
+def look_at(*cells: Any) -> Network:
+    """What is known of networks and optimizers that MindFormers has built, and perhaps compiled."""
+    from mindspore import context
+
+    shapes = {}
     for cell in cells:
-        if hasattr(cell, "parameters_and_names"):
-            shapes.update((parameter.name, tuple(parameter.shape)) for _, parameter in cell.parameters_and_names())
-    return shapes
+        for _, parameter in cell.parameters_and_names() if hasattr(cell, "parameters_and_names") else ():
+            shape = tuple(parameter.shape)
+            if all(n >= 0 for n in shape):  # -1: not known before the first step
+                shapes[parameter.name] = shape
+    return Network(shapes, sliced=context.get_auto_parallel_context("parallel_mode") not in WHOLE_MODES)
 
 
 def load_path(config: Any) -> Any:

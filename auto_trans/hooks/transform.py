@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional
 
 from auto_trans.config import AutoTransConfig, parse_boolean, parse_npu_num
 from auto_trans.coordination.election import Assignment, elect
+from auto_trans.core.consistency import Network
 from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
-from auto_trans.core.tensor import Shape
 from auto_trans.errors import StrategyError, StrategyNotFoundError
 from auto_trans.hooks.job import Job, in_yaml_words
+from auto_trans.hooks.load import WHOLE_MODES
 from auto_trans.log import logger
 from auto_trans.request import Request
 from auto_trans.storage.sources import as_strategy
@@ -102,7 +102,7 @@ class TransformCkpt:
             settings = AutoTransConfig.from_settings(
                 {**known, **self._given, "src_strategy_path_or_dir": src_strategy}, src_checkpoint
             )
-        network = running.network if running is not None else {}
+        network = running.network if running is not None else None
         convert_for_job(self._job, settings, self.assignments, prefix, network)
         return str(self._job.transformed_dir)
 
@@ -112,7 +112,7 @@ def convert_for_job(
     settings: AutoTransConfig,
     assignments: tuple[Assignment, ...],
     prefix: str,
-    network: Mapping[str, Shape],
+    network: Optional[Network],
 ) -> None:
     """Converts the checkpoint of a job by all its ranks, which all call this.
 
@@ -121,7 +121,7 @@ def convert_for_job(
         settings: Its settings.
         assignments: The converter ranks and their slices.
         prefix: Beginning of the target files' names.
-        network: Parameter -> shape in the network that the weights are loaded into, where it is known.
+        network: The network that the weights are loaded into, where it is known.
 
     Raises:
         AutoTransError: The conversion failed here or on another rank.
@@ -184,4 +184,4 @@ def _compiles_no_strategy() -> bool:
     """Whether every rank of the job holds all weights, so that MindSpore saves no strategy."""
     from mindspore import context
 
-    return context.get_auto_parallel_context("parallel_mode") in ("stand_alone", "data_parallel")
+    return context.get_auto_parallel_context("parallel_mode") in WHOLE_MODES

@@ -23,6 +23,7 @@ from auto_trans.log import logger
 from auto_trans.storage.formats import FORMATS, Format, format_of, scan
 from auto_trans.storage.formats.head import FileHead, StoredTensor
 from auto_trans.storage.sharded import check_against_index, find_shards, is_index, is_lone_shard
+from auto_trans.storage.siblings import check_not_a_slice
 from auto_trans.storage.steps import choose_latest, choose_resumed, choose_step
 from auto_trans.storage.strategies import read_strategy
 
@@ -138,7 +139,7 @@ def find_sources(
     """Finds the source checkpoints and checks that strategy and files go together.
 
     Raises:
-        ConfigError: A strategy is given for a complete checkpoint, or none for a distributed one.
+        ConfigError: A strategy is given for a complete checkpoint, or none for a distributed one or a slice of it.
     """
     found = find_checkpoints(Path(src), resume_file, step)
     for checkpoint in found:
@@ -152,6 +153,9 @@ def find_sources(
                 f"source {checkpoint.path} is complete, but its strategy {strategy.origin} describes {strategy.world_size} "
                 f"ranks; give the folder above rank_0, or no source strategy («src_strategy»)"
             )
+        if not checkpoint.distributed:
+            with _read_errors(checkpoint.path):
+                check_not_a_slice(checkpoint.all_files[0])
     return found
 
 

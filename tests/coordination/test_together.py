@@ -395,11 +395,8 @@ def test_rank_file_of_another_shape_is_refused_whether_it_would_be_linked_or_rea
 
     (file,) = (tmp_path / "source" / "rank_1").iterdir()
     rewrite(file, unslice)
-    all_refuse(
-        job.start(source=str(tmp_path / "source")),
-        f"parameter {name} is [32, 64] Float32 in",
-        "rank_1/net_rank_1-1_1.ckpt",
-    )
+    expected = f"parameter {name} is [32, 64] Float32 in", "rank_1/net_rank_1-1_1.ckpt"
+    all_refuse(job.start(source=str(tmp_path / "source")), *expected)
 
 
 def test_replica_of_another_shape_is_refused_though_it_is_not_read(launch, genuine, tmp_path):

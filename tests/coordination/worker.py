@@ -17,6 +17,7 @@ from pathlib import Path
 from auto_trans import together
 from auto_trans.config import AutoTransConfig, Timing
 from auto_trans.coordination.election import elect
+from auto_trans.core.consistency import Network
 from auto_trans.hooks.job import Job
 from auto_trans.hooks.transform import convert_for_job
 
@@ -63,7 +64,8 @@ def main() -> None:
         timing=Timing(**{**timing, "lock_timeout": 2, **job.get("timing", {})}),
     )
     assignments = elect(job["world_size"], settings.transform_process_num)
-    network = {name: tuple(shape) for name, shape in job.get("network", {}).items()}
+    shapes = {name: tuple(shape) for name, shape in job.get("network", {}).items()}
+    network = Network(shapes, sliced=True) if shapes else None
     place = Job(rank, job["world_size"], Path(job["output"]))
     convert_for_job(place, settings, assignments, "checkpoint_", network)
     print("converted")
