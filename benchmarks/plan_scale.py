@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness import table
 
@@ -40,27 +40,21 @@ _SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 _PROCESSES = (1, 8, 64, 512)
 
 
-@dataclass(frozen=True)
-class Meta:
+class Meta(NamedTuple):
     """A tensor that is nowhere stored."""
 
-    shape: tuple[int, ...]
     dtype: str
+    dims: tuple[int, ...]
+    shape: tuple[int, ...]
+    nbytes: int
+    segments: tuple[Extent, ...]
 
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """The shape."""
-        return self.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the contents."""
-        return math.prod(self.shape) * (2 if self.dtype == "BFloat16" else 4)
-
-    @property
-    def segments(self) -> tuple[Extent, ...]:
-        """Where the contents would lie."""
-        return ((0, self.nbytes),)
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...]) -> Meta:
+        """A slice of a parameter; the moments are float32."""
+        dtype, item = ("Float32", 4) if name.startswith("adam") else ("BFloat16", 2)
+        nbytes = item * math.prod(shape)
+        return cls(dtype, shape, shape, nbytes, ((0, nbytes),))
 
 
 @dataclass
@@ -82,10 +76,7 @@ class Index:
         stage = self.strategy.stage_of(rank)  # all ranks of a stage have slices of the same shape
         if stage not in self._stages:
             self._stages[stage] = {
-                name: Meta(
-                    self.strategy.layouts[name][stage].slice_shape(self.shapes[name]),
-                    "Float32" if name.startswith("adam") else "BFloat16",
-                )
+                name: Meta.of(name, self.strategy.layouts[name][stage].slice_shape(self.shapes[name]))
                 for name in self.strategy.names(stage)
             }
         return self._stages[stage]
