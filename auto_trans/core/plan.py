@@ -7,7 +7,9 @@ MindSpore is silently wrong a plan is refused, see `auto_trans.core.rules`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
@@ -36,9 +38,8 @@ class Copy(NamedTuple):
     box: Box
 
 
-@dataclass(frozen=True)
-class TensorPlan:
-    """A slice of a target tensor and the copies that make it up; they cover it exactly once.
+class TensorPlan(NamedTuple):
+    """A slice of a target tensor and the copies that make it up; they cover it exactly once. A tuple, as a copy is.
 
     Attributes:
         tensor: The full target tensor.
@@ -189,7 +190,8 @@ def make_plan(
         raise ConfigError(
             f"rank {outside or 'list'} is not in the target, which has ranks 0 to {target.world_size - 1} («ranks»)"
         )
-    return _Planner(source, target, edits, allowed).plan(wanted)
+    with _collector_paused():
+        return _Planner(source, target, edits, allowed).plan(wanted)
 
 
 class _Lying(NamedTuple):
@@ -359,6 +361,22 @@ class _Planner:
             return TensorPlan(tensor, box, tuple(place.copy(shard) for shard in self._source.shards(name, box)))
         shard = self._source.at(name, 0)
         return TensorPlan(shard.tensor, shard.box, (Copy(shard, shard.box.offset, shard.box),))
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses the collector of cycles.
+
+    A plan of thousands of ranks is millions of tuples and no cycle; to look through all of them again and again as they
+    become more would take longer than to make them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _renamed(tensor: Tensor, name: str) -> Tensor:
