@@ -239,6 +239,7 @@ class _Planner:
         self._recipes = apply_edits(edits, source.names)
         self._sorting = sort_parameters(source, target, self._recipes, allowed)
         self._additions: dict[str, Optional[Addition]] = {}
+        self._cells: dict[Layout, list[Shape]] = {}
         self._overlaps: dict[Box, dict[Box, tuple[Shape, Box]]] = {}
 
     def plan(self, ranks: Sequence[int]) -> Plan:
@@ -285,11 +286,18 @@ class _Planner:
         """The ranks of a target stage by equal contents."""
         devices = self._target.stage_devices
         groups: dict[tuple[Shape, ...], list[int]] = {}
-        distinct = dict.fromkeys(slicing.layout for slicing in slicings)
+        tables = [self._cells_of(layout) for layout in dict.fromkeys(slicing.layout for slicing in slicings)]
         for local in range(devices):
-            cells = tuple(layout.cell(local, max(len(layout.tensor_map), 1)) for layout in distinct)
+            cells = tuple([table[local] for table in tables])
             groups.setdefault(cells, []).append(stage * devices + local)
         return [tuple(group) for group in groups.values()]
+
+    def _cells_of(self, layout: Layout) -> list[Shape]:
+        """Which slice every rank of a stage holds; the stages share their layouts."""
+        if layout not in self._cells:
+            ndim = max(len(layout.tensor_map), 1)
+            self._cells[layout] = [layout.cell(local, ndim) for local in range(self._target.stage_devices)]
+        return self._cells[layout]
 
     def _tensors(
         self,
