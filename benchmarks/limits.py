@@ -24,8 +24,6 @@ from harness import Sample, add_arguments, dispatch, interleave, measure, table,
 from synthetic import llama_parameters, with_moments, write_checkpoint, write_strategy
 
 from auto_trans import convert
-from auto_trans.conversion import prepare
-from auto_trans.engine.workers import run_with_workers
 from auto_trans.sizes import format_bytes
 
 _STARTS = {
@@ -44,7 +42,7 @@ def child(name: str, case: dict[str, Any], target: Path) -> Sample:
         return {**sample, "written": (target / "rank_0" / "checkpoint_0.ckpt").stat().st_size}
     if name.startswith("process"):
         number = int(name.split()[1])
-        return measure(lambda: run_with_workers(prepare(source, target, None, strategy), number, quiet=True))
+        return measure(lambda: convert(source, target, None, strategy, processes=number))
     return measure(lambda: convert(source, target, None, strategy, memory_limit=name))
 
 

@@ -22,15 +22,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness import table
 
 from auto_trans.coordination.election import elect
 from auto_trans.core.layout import Layout
-from auto_trans.core.plan import plan_conversion
+from auto_trans.core.plan import make_plan
+from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
-from auto_trans.core.work import loads
+from auto_trans.core.tensor import Extent, SourceFile
+from auto_trans.core.work import share_out
 from auto_trans.sizes import format_bytes
 
 _HIDDEN, _FEED, _VOCABULARY, _KV = 16384, 53248, 128256, 1024
@@ -38,31 +40,31 @@ _SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
 _PROCESSES = (1, 8, 64, 512)
 
 
-@dataclass(frozen=True)
-class Meta:
+class Meta(NamedTuple):
     """A tensor that is nowhere stored."""
 
-    shape: tuple[int, ...]
     dtype: str
+    dims: tuple[int, ...]
+    shape: tuple[int, ...]
+    nbytes: int
+    segments: tuple[Extent, ...]
 
-    @property
-    def dims(self) -> tuple[int, ...]:
-        """The shape."""
-        return self.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the contents."""
-        return math.prod(self.shape) * (2 if self.dtype == "BFloat16" else 4)
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...]) -> Meta:
+        """A slice of a parameter; the moments are float32."""
+        dtype, item = ("Float32", 4) if name.startswith("adam") else ("BFloat16", 2)
+        nbytes = item * math.prod(shape)
+        return cls(dtype, shape, shape, nbytes, ((0, nbytes),))
 
 
 @dataclass
 class Index:
-    """What the files of a job would hold; no files are needed to plan."""
+    """The heads that the files of a job would have; no files are needed to plan."""
 
     strategy: Strategy
     shapes: Mapping[str, tuple[int, ...]]
     _stages: dict[int, dict[str, Meta]] = field(default_factory=dict)
+    _files: dict[int, SourceFile] = field(default_factory=dict)
 
     @property
     def ranks(self) -> Sequence[int]:
@@ -74,13 +76,16 @@ class Index:
         stage = self.strategy.stage_of(rank)  # all ranks of a stage have slices of the same shape
         if stage not in self._stages:
             self._stages[stage] = {
-                name: Meta(
-                    self.strategy.layouts[name][stage].slice_shape(self.shapes[name]),
-                    "Float32" if name.startswith("adam") else "BFloat16",
-                )
+                name: Meta.of(name, self.strategy.layouts[name][stage].slice_shape(self.shapes[name]))
                 for name in self.strategy.names(stage)
             }
         return self._stages[stage]
+
+    def file(self, rank: int, name: str) -> SourceFile:
+        """The file of a rank."""
+        if rank not in self._files:
+            self._files[rank] = SourceFile(self.describe(rank), 0, 0, rank)
+        return self._files[rank]
 
     def describe(self, rank: int) -> str:
         """A name."""
@@ -116,7 +121,7 @@ def strategy_of(
         shard = (math.gcd(rows, replicas), step) if optimizer_shard and len(shape) > 1 else (0, 0)
         layouts[name] = {stage: Layout((dp, mp), tensor_map, *shard, ndims=(len(shape),))}
     name = f"dp{dp} mp{mp} pp{pp}" + " OS" * optimizer_shard
-    return Strategy(pp, dp * mp, layouts, origin=name, digest=name)
+    return Strategy(pp, dp * mp, layouts, origin=name)
 
 
 def measure(ranks: int, layers: int, *, optimizer_shard: bool) -> dict[str, Any]:
@@ -127,21 +132,21 @@ def measure(ranks: int, layers: int, *, optimizer_shard: bool) -> dict[str, Any]
     source = strategy_of(shapes, layers, dp, 8, stages, optimizer_shard=optimizer_shard)
     target = strategy_of(shapes, layers, dp // 2, 8, stages * 2, optimizer_shard=optimizer_shard)
     begin = time.perf_counter()
-    plan_conversion(source, target, Index(source, shapes), [ranks // 2])
+    make_plan(SlicedSource(source, Index(source, shapes)), target, [ranks // 2])
     one = time.perf_counter() - begin
     before = _peak()
     begin = time.perf_counter()
-    plan = plan_conversion(source, target, Index(source, shapes))
+    plan = make_plan(SlicedSource(source, Index(source, shapes)), target)
     whole = time.perf_counter() - begin
     memory = _peak() - before
     converters = {}
     for number in (n for n in _PROCESSES if n <= ranks):
-        found = loads(plan, [assignment.slices for assignment in elect(ranks, number)])
+        found = share_out(plan, [assignment.slices for assignment in elect(ranks, number)])
         converters[number] = {
-            "busiest_reads": max(load.read for load in found),
-            "busiest_writes": max(load.written for load in found),
-            "all_write": sum(load.written for load in found),
-            "writing": sum(load.written > 0 for load in found),
+            "busiest_reads": max(share.read for share in found),
+            "busiest_writes": max(share.written for share in found),
+            "all_write": sum(share.written for share in found),
+            "writing": sum(share.written > 0 for share in found),
         }
     return {
         "source": source.origin, "target": target.origin, "ranks": ranks, "parameters": len(shapes), "seconds": whole,

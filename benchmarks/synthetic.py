@@ -5,16 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from auto_trans.core.plan import TensorPlan
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.formats.wire import bytes_field, number_field
 
 __all__ = ["Shapes", "llama_parameters", "with_moments", "write_checkpoint", "write_strategy"]
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Head(NamedTuple):
+    """What a file says of a tensor besides its contents."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    nbytes: int
+
 
 # parameter -> the dimension that tensor parallelism slices
 _SLICED = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
@@ -79,7 +89,7 @@ def write_checkpoint(path: Path, shapes: Shapes, dtype: str = "Float16") -> int:
     rng = np.random.default_rng(0)
     item = {"Float16": 2, "BFloat16": 2, "Float32": 4}[dtype]
     with open(path, "wb") as f:
-        tensors = (TensorPlan(n, dtype, s, s, item * math.prod(s), ()) for n, s in shapes.items())
+        tensors = (Head(name, dtype, shape, item * math.prod(shape)) for name, shape in shapes.items())
         for _, records in FORMATS[path.suffix[1:]].encode(tensors):
             for head, length in records:
                 f.write(head)

@@ -7,7 +7,9 @@ MindSpore is silently wrong a plan is refused, see `auto_trans.core.rules`.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
@@ -36,9 +38,8 @@ class Copy(NamedTuple):
     box: Box
 
 
-@dataclass(frozen=True)
-class TensorPlan:
-    """A slice of a target tensor and the copies that make it up; they cover it exactly once.
+class TensorPlan(NamedTuple):
+    """A slice of a target tensor and the copies that make it up; they cover it exactly once. A tuple, as a copy is.
 
     Attributes:
         tensor: The full target tensor.
@@ -189,7 +190,8 @@ def make_plan(
         raise ConfigError(
             f"rank {outside or 'list'} is not in the target, which has ranks 0 to {target.world_size - 1} («ranks»)"
         )
-    return _Planner(source, target, edits, allowed).plan(wanted)
+    with _collector_paused():
+        return _Planner(source, target, edits, allowed).plan(wanted)
 
 
 class _Lying(NamedTuple):
@@ -207,25 +209,50 @@ class _Slicing(NamedTuple):
     first_name: str
 
 
+class _Place:
+    """A box that target slices of a stage take, and what is planned of it so far.
+
+    Args:
+        box: The box.
+        overlaps: Per box that a shard holds, where their common part begins in that, and its box in the target slice. The
+            layers of a model are sliced alike: what is found for one serves all.
+    """
+
+    def __init__(self, box: Box, overlaps: dict[Box, tuple[Shape, Box]]) -> None:
+        self.box, self.made = box, dict[str, TensorPlan]()
+        self._overlaps = overlaps
+
+    def copy(self, shard: Shard) -> Copy:
+        """What of a shard goes to the slice."""
+        overlap = self._overlaps.get(shard.box)
+        if overlap is None:
+            common = shard.box.intersect(self.box)
+            assert common is not None, (shard.box, self.box)
+            overlap = common.relative_to(shard.box.offset).offset, common.relative_to(self.box.offset)
+            self._overlaps[shard.box] = overlap
+        return Copy(shard, *overlap)
+
+
 class _Planner:
     def __init__(self, source: Source, target: Strategy, edits: Sequence[Edit], allowed: Allowed) -> None:
         self._source, self._target = source, target
         self._recipes = apply_edits(edits, source.names)
         self._sorting = sort_parameters(source, target, self._recipes, allowed)
         self._additions: dict[str, Optional[Addition]] = {}
-        self._overlaps: dict[tuple[Box, Box], tuple[Shape, Box]] = {}
+        self._cells: dict[Layout, list[Shape]] = {}
+        self._overlaps: dict[Box, dict[Box, tuple[Shape, Box]]] = {}
 
     def plan(self, ranks: Sequence[int]) -> Plan:
         wanted = set(ranks)
         files, replicas = [], []
         for stage in range(self._target.stages):
             lying, slicings = self._lying(stage)
-            made: dict[tuple[str, Box], TensorPlan] = {}
+            places: dict[tuple[int, Box], _Place] = {}
             for group in self._replica_groups(slicings, stage):
                 replicas.append(group)
                 members = tuple(rank for rank in group if rank in wanted)
                 if members:
-                    files.append(FilePlan(members, tuple(self._tensors(lying, slicings, group[0], made))))
+                    files.append(FilePlan(members, tuple(self._tensors(lying, slicings, group[0], places))))
         sorting = self._sorting
         pairs = (self._source.may_differ(self._recipes[name].source) for name in sorting.carried)
         replicated = tuple(pair for pair in pairs if pair is not None and pair[0].box.volume > 1)
@@ -259,27 +286,40 @@ class _Planner:
         """The ranks of a target stage by equal contents."""
         devices = self._target.stage_devices
         groups: dict[tuple[Shape, ...], list[int]] = {}
-        distinct = dict.fromkeys(slicing.layout for slicing in slicings)
+        tables = [self._cells_of(layout) for layout in dict.fromkeys(slicing.layout for slicing in slicings)]
         for local in range(devices):
-            cells = tuple(layout.cell(local, max(len(layout.tensor_map), 1)) for layout in distinct)
+            cells = tuple([table[local] for table in tables])
             groups.setdefault(cells, []).append(stage * devices + local)
         return [tuple(group) for group in groups.values()]
+
+    def _cells_of(self, layout: Layout) -> list[Shape]:
+        """Which slice every rank of a stage holds; the stages share their layouts."""
+        if layout not in self._cells:
+            ndim = max(len(layout.tensor_map), 1)
+            self._cells[layout] = [layout.cell(local, ndim) for local in range(self._target.stage_devices)]
+        return self._cells[layout]
 
     def _tensors(
         self,
         lying: Iterable[_Lying],
         slicings: Iterable[_Slicing],
         rank: int,
-        made: dict[tuple[str, Box], TensorPlan],
+        places: dict[tuple[int, Box], _Place],
     ) -> Iterator[TensorPlan]:
         """What a target rank, which is the lowest of its replicas, holds; slices of it may be made already."""
         local = rank % self._target.stage_devices
-        boxes = [self._box(slicing, local) for slicing in slicings]
-        for name, slicing in lying:
-            key = name, boxes[slicing]
-            if key not in made:
-                made[key] = self._slice(*key)
-            yield made[key]
+        own = []
+        for number, slicing in enumerate(slicings):
+            key = number, self._box(slicing, local)
+            if key not in places:
+                places[key] = self._place(key[1])
+            own.append(places[key])
+        for name, number in lying:
+            place = own[number]
+            tensor = place.made.get(name)
+            if tensor is None:
+                tensor = place.made[name] = self._slice(name, place)
+            yield tensor
         for name in self._sorting.carried:
             shard = self._source.at(self._recipes[name].source, local)
             box = Box.whole(shard.tensor.shape)
@@ -295,15 +335,18 @@ class _Planner:
                 f"{self._target.origin}: {e}"
             ) from e
 
-    def _slice(self, name: str, box: Box) -> TensorPlan:
+    def _place(self, box: Box) -> _Place:
+        return _Place(box, self._overlaps.setdefault(box, {}))
+
+    def _slice(self, name: str, place: _Place) -> TensorPlan:
         recipe = self._recipes[name]
-        copies = tuple(Copy(shard, *self._overlap(shard.box, box)) for shard in self._source.shards(recipe.source, box))
+        copies = tuple([place.copy(shard) for shard in self._source.shards(recipe.source, place.box)])
         tensor = _renamed(self._source.tensor(recipe.source), name)
         if recipe.added is None:
-            return TensorPlan(tensor, box, copies)
+            return TensorPlan(tensor, place.box, copies)
         if name not in self._additions:
             self._additions[name] = self._addition(tensor, recipe.added)
-        return TensorPlan(tensor, box, copies, self._additions[name])
+        return TensorPlan(tensor, place.box, copies, self._additions[name])
 
     def _addition(self, tensor: Tensor, product: Product) -> Addition:
         a, b = (self._whole(name) for name in (product.a, product.b))
@@ -322,22 +365,26 @@ class _Planner:
         if self._source.strategy.tells(name):
             tensor = self._source.tensor(name)
             box = Box.whole(tensor.shape)
-            shards = self._source.shards(name, box)
-            return TensorPlan(tensor, box, tuple(Copy(shard, *self._overlap(shard.box, box)) for shard in shards))
+            place = self._place(box)
+            return TensorPlan(tensor, box, tuple(place.copy(shard) for shard in self._source.shards(name, box)))
         shard = self._source.at(name, 0)
         return TensorPlan(shard.tensor, shard.box, (Copy(shard, shard.box.offset, shard.box),))
 
-    def _overlap(self, held: Box, wanted: Box) -> tuple[Shape, Box]:
-        """Where the common part of two boxes begins in the first, and its box in the second.
 
-        The layers of a model are sliced alike: what is found for one serves all.
-        """
-        key = held, wanted
-        if key not in self._overlaps:
-            common = held.intersect(wanted)
-            assert common is not None, key
-            self._overlaps[key] = common.relative_to(held.offset).offset, common.relative_to(wanted.offset)
-        return self._overlaps[key]
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses the collector of cycles.
+
+    A plan of thousands of ranks is millions of tuples and no cycle; to look through all of them again and again as they
+    become more would take longer than to make them.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _renamed(tensor: Tensor, name: str) -> Tensor:

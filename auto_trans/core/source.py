@@ -109,10 +109,11 @@ class Source(Protocol):
 
 
 class _Part(NamedTuple):
-    """A slice of a grid that overlaps a box."""
+    """A slice of a grid that overlaps a box, and the ranks (counted within the stage) that hold it."""
 
     cell: Shape
     box: Box
+    owners: tuple[int, ...]
 
 
 class _Grid:
@@ -121,24 +122,22 @@ class _Grid:
     def __init__(self, layout: Layout, slice_shape: Shape) -> None:
         self.slice_shape, self.full_shape = slice_shape, layout.full_shape(slice_shape)
         self._layout = layout
-        self._owners: dict[Shape, tuple[int, ...]] = {}
+        self._slices: dict[Shape, _Part] = {}
         self._parts: dict[Box, tuple[_Part, ...]] = {}
-
-    def owners(self, cell: Shape) -> tuple[int, ...]:
-        """The ranks (counted within the stage) that hold a slice."""
-        if cell not in self._owners:
-            self._owners[cell] = self._layout.owners(cell)
-        return self._owners[cell]
 
     def overlapping(self, box: Box) -> tuple[_Part, ...]:
         """The slices that overlap a box."""
-        if box not in self._parts:
+        parts = self._parts.get(box)
+        if parts is None:
             cells = self._layout.overlapping(self.full_shape, box)
-            self._parts[box] = tuple(_Part(cell, self._box(cell)) for cell, _ in cells)
-        return self._parts[box]
+            parts = self._parts[box] = tuple(self._slice(cell) for cell, _ in cells)
+        return parts
 
-    def _box(self, cell: Shape) -> Box:
-        return Box(tuple(c * n for c, n in zip(cell, self.slice_shape)), self.slice_shape)
+    def _slice(self, cell: Shape) -> _Part:
+        if cell not in self._slices:
+            box = Box(tuple(c * n for c, n in zip(cell, self.slice_shape)), self.slice_shape)
+            self._slices[cell] = _Part(cell, box, self._layout.owners(cell))
+        return self._slices[cell]
 
 
 class SlicedSource:
@@ -177,13 +176,8 @@ class SlicedSource:
 
     def shards(self, name: str, box: Box) -> Sequence[Shard]:
         """Shards that together hold a box, see `Source`."""
-        tensor, grid = self.tensor(name), self._grid_of[name]
-        found = []
-        for part in grid.overlapping(box):
-            rank = self._owner(name, grid, part.cell)
-            segments = self._stored(name, rank).segments
-            found.append(Shard(tensor, part.box, self._heads.file(rank, name), segments))
-        return found
+        tensor, parts = self.tensor(name), self._grid_of[name].overlapping(box)
+        return [self._shard(tensor, part) for part in parts]
 
     def at(self, name: str, place: int) -> Shard:
         """A parameter that no strategy lists, see `Source`."""
@@ -255,24 +249,25 @@ class SlicedSource:
         """The stage whose slices of a parameter are read: that of its holder."""
         return self._holders[name] // self.strategy.stage_devices
 
-    def _owner(self, name: str, grid: _Grid, cell: Shape) -> int:
-        """The lowest rank that holds a slice of a parameter; replicas are alike."""
-        first = self._stage(name) * self.strategy.stage_devices
-        rank = _first_there(self._heads, self._there, name, first, grid.owners(cell))
+    def _shard(self, tensor: Tensor, part: _Part) -> Shard:
+        """A slice as the lowest rank that holds it has it; replicas are alike."""
+        name, holder = tensor.name, self._holders[tensor.name]
+        first = holder - holder % self.strategy.stage_devices
+        rank = _first_there(self._heads, self._there, name, first, part.owners)
         if rank is None:
-            owners = ", ".join(str(first + local) for local in grid.owners(cell))
+            owners = ", ".join(str(first + local) for local in part.owners)
             raise MissingSliceError(
-                f"slice {list(cell)} of parameter {name} is held by source rank {owners} only, of which no file is there "
-                f"that holds it; copy the missing rank folders to the source"
+                f"slice {list(part.cell)} of parameter {name} is held by source rank {owners} only, of which no file is "
+                f"there that holds it; copy the missing rank folders to the source"
             )
-        stored, expected = self._stored(name, rank), self._stored(name)
+        stored, expected = self._heads.tensors(rank)[name], self._heads.tensors(holder)[name]
         if stored is not expected and (stored.shape, stored.dtype) != (expected.shape, expected.dtype):
             raise PlanError(
                 f"parameter {name} is {list(stored.shape)} {stored.dtype} in {self._heads.describe(rank)} but "
                 f"{list(expected.shape)} {expected.dtype} in {self.where(name)}: the files are of different jobs or steps, "
                 f"or the source strategy {self.strategy.origin} is not theirs"
             )
-        return rank
+        return Shard(tensor, part.box, self._heads.file(rank, name), stored.segments)
 
     def _check_ranks(self) -> None:
         ranks, world = self._heads.ranks, self.strategy.world_size
@@ -353,8 +348,10 @@ def _find_spread(strategy: Strategy, heads: Heads, stage: int, holders: dict[str
 
 def _first_there(heads: Heads, there: frozenset[int], name: str, first: int, locals_: Sequence[int]) -> Optional[int]:
     """The lowest of some ranks of a stage, which begins at ``first``, whose file is there and holds a parameter."""
-    ranks: Iterator[int] = (first + local for local in locals_)
-    return next((rank for rank in ranks if rank in there and name in heads.tensors(rank)), None)
+    for local in locals_:
+        if first + local in there and name in heads.tensors(first + local):
+            return first + local
+    return None
 
 
 def _corners(layout: Layout) -> tuple[Shape, ...]:

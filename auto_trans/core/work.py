@@ -5,11 +5,11 @@ Pure: nothing is read or written here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from auto_trans.core.plan import Copy, FilePlan, Plan, TensorPlan
-from auto_trans.core.tensor import Box
+from auto_trans.core.tensor import Shape
 
 __all__ = ["Share", "assign_writers", "process_nums", "read_bytes", "share_out", "split_files"]
 
@@ -96,17 +96,18 @@ def process_nums(world_size: int, most: int = 9) -> list[int]:
 
 def read_bytes(files: Iterable[FilePlan]) -> int:
     """Bytes of the source that files are made of, each counted once."""
-    parts: dict[tuple[str, str, Box], int] = {}
+    nbytes = 0
+    seen: set[tuple[str, str, Shape, Shape, Shape]] = set()
     for file in files:
         for tensor in file.tensors:
-            for copy in _copies(tensor):
-                begin = tuple(o + s for o, s in zip(copy.shard.box.offset, copy.start))
-                part = copy.shard.tensor.name, copy.shard.file.path, Box(begin, copy.box.size)
-                parts[part] = copy.shard.tensor.nbytes(copy.box)
-    return sum(parts.values())
+            for shard, start, box in _copies(tensor):
+                part = shard.tensor.name, shard.file.path, shard.box.offset, start, box.size
+                if part not in seen:
+                    seen.add(part)
+                    nbytes += shard.tensor.nbytes(box)
+    return nbytes
 
 
-def _copies(tensor: TensorPlan) -> Iterator[Copy]:
-    yield from tensor.copies
-    if tensor.added is not None:
-        yield from (*tensor.added.a.copies, *tensor.added.b.copies)
+def _copies(tensor: TensorPlan) -> tuple[Copy, ...]:
+    added = tensor.added
+    return tensor.copies if added is None else (*tensor.copies, *added.a.copies, *added.b.copies)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 from builders import Index, conversions, hold, plan_of, strategy
@@ -211,3 +213,18 @@ def test_carried_parameter_has_the_shape_that_it_has_at_its_own_rank():
     index = Index(held)
     made = run(plan_of(strategy(layouts), strategy(layouts), index), index)
     assert [made[rank]["history"].tolist() for rank in range(4)] == [list(range(n)) for n in (3, 5, 3, 3)]
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_planning_leaves_the_collector_of_cycles_as_it_was(enabled):
+    whole, mismatched = strategy({"w": Layout((1,), ((),))}), strategy({"w": Layout((3,), ((0,),))})
+    index = Index(hold({"w": np.zeros((4,))}, whole))
+    try:
+        (gc.enable if enabled else gc.disable)()
+        plan_of(whole, whole, index)
+        assert gc.isenabled() == enabled
+        with pytest.raises(PlanError):
+            plan_of(whole, mismatched, index)
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()
