@@ -60,7 +60,7 @@ def test_parameters_without_elements_are_kept_by_the_other_format(tmp_path):
 def test_plan_with_a_hole_makes_no_file(tmp_path):
     conversion = planned(oracle.write_raw(tmp_path / "a.ckpt", EMPTY), tmp_path / "out")
     (file,) = conversion.files
-    wider = [replace(t, box=Box((0,), (9,))) if t.name == "w" else t for t in file.tensors]
+    wider = [t._replace(box=Box((0,), (9,))) if t.name == "w" else t for t in file.tensors]
     task = conversion._task([replace(file, tensors=tuple(wider))])
     with pytest.raises(RuntimeError, match="plan of w covers 8 of 9 elements"):
         NativeEngine().write(task, lambda nbytes: None)
