@@ -13,7 +13,7 @@ import pytest
 from builders import save
 
 from auto_trans import convert, read_strategy
-from auto_trans.core.rules import check_heads, check_shapes
+from auto_trans.core.consistency import check_heads, check_shapes
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.describe import describe_checkpoint, read_path
