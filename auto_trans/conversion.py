@@ -14,7 +14,8 @@ from typing import Callable, Optional, Union
 
 from auto_trans.config import parse_memory
 from auto_trans.core.consistency import check_heads, check_network, check_shapes
-from auto_trans.core.plan import FilePlan, Plan, make_plan
+from auto_trans.core.plan import FilePlan, Plan
+from auto_trans.core.planning import make_plan
 from auto_trans.core.rules import NOTHING, Allowed, some
 from auto_trans.core.source import Heads, SlicedSource
 from auto_trans.core.strategy import Strategy

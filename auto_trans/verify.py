@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, Optional
 import numpy as np
 
 from auto_trans.core.layout import Layout
-from auto_trans.core.plan import make_plan
+from auto_trans.core.planning import make_plan
 from auto_trans.core.rules import NOTHING, Allowed
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy

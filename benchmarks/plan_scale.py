@@ -28,7 +28,7 @@ from harness import table
 
 from auto_trans.coordination.election import elect
 from auto_trans.core.layout import Layout
-from auto_trans.core.plan import make_plan
+from auto_trans.core.planning import make_plan
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import Extent, SourceFile

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from auto_trans.conversion import plan_conversion
 from auto_trans.core.layout import Layout
-from auto_trans.core.plan import make_plan
+from auto_trans.core.planning import make_plan
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import SourceFile
