@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks style and types and runs all tests, on a machine with nothing but Python 3.11. Arguments go to pytest.
+# Checks style and types and runs all tests, on a machine with nothing but Python 3.11. Arguments go to pytest instead.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -16,4 +16,8 @@ fi
 ruff check .
 ruff format --check .
 mypy
-exec pytest "$@"
+if [ $# -gt 0 ]; then
+    exec pytest "$@"
+fi
+pytest -m "not slow" -n 2 --dist loadfile # the fast tests, on two cores
+exec pytest -m slow                       # one after the other: they kill, delay and count on time
