@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Callable, Optional, Union
 
-from auto_trans.config import parse_memory
+from auto_trans.config import DEFAULT_MEMORY, parse_memory
 from auto_trans.core.consistency import check_heads, check_network, check_shapes
 from auto_trans.core.plan import FilePlan, Plan
 from auto_trans.core.planning import make_plan
@@ -95,7 +95,10 @@ class Conversion:
         """
         self.target.check(self.files)
         todo = self.todo(files)
-        check_memory(self.request.memory_limit, neighbours * max(min(self.request.processes, len(todo)), 1))
+        # beyond its default the limit allows more, but nothing takes it
+        check_memory(
+            min(self.request.memory_limit, DEFAULT_MEMORY), neighbours * max(min(self.request.processes, len(todo)), 1)
+        )
         check_disk(self.request.dst, int(sum(self.target.size(file) for file in todo) / part))
         if heads:
             check_heads(self.request.from_strategy, self._heads)
@@ -123,8 +126,7 @@ class Conversion:
         """
         begin = time.monotonic()
         files = self.files if files is None else files
-        self.target.sweep(files)
-        self.target.refresh()
+        self.target.begin(files)
         reused, linked, todo = self._sort(files)
         meter = Meter(
             sum(file.nbytes for file in todo), f"converting {self.checkpoint.name}", quiet=quiet, listener=listener
@@ -160,8 +162,17 @@ class Conversion:
     def log_plan(self) -> None:
         """Logs what the plan leaves out or adds, which a user should know."""
         plan = self.plan
-        if plan.carried:
-            logger.info("carried over as they are, in no strategy: %s", some(plan.carried, 5))
+        missing = self.request.from_strategy.world_size - len(self.checkpoint.files)
+        if self.checkpoint.distributed and missing:
+            logger.warning(
+                "%s holds %d of the %d ranks that %s describes; the others are replicas if it is the right strategy",
+                self.checkpoint.path, len(self.checkpoint.files), self.request.from_strategy.world_size,
+                self.request.from_strategy.origin,
+            )  # fmt: skip
+        told = " ".join(plan.warnings)
+        carried = [name for name in plan.carried if name not in told]
+        if carried:
+            logger.info("carried over as they are, in no strategy: %s", some(carried, 5))
         if plan.absent:
             logger.warning("not in the source, the model keeps its initial values: %s", some(plan.absent, 5))
         if plan.dropped:
@@ -291,6 +302,7 @@ def convert(
     step: Optional[str] = None,
     allow_extra: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
+    check_replicas: bool = False,
     reuse: bool = True,
     quiet: bool = True,
 ) -> ConversionReport:
@@ -312,6 +324,7 @@ def convert(
         step: The step to take from the rank folders, as ``{epoch}_{step}``; the latest by default.
         allow_extra: Patterns (``*`` and ``?``) of parameters that every rank may hold whole although no strategy lists them.
         allow_missing: Patterns of weights that the target lists and the source may lack.
+        check_replicas: Compare the bytes of all copies of every slice first (reads every file whole).
         reuse: Keep files that are there already and were made for the same request.
         quiet: Show no progress.
 
@@ -324,9 +337,9 @@ def convert(
     """
     request = Request(
         Path(src), Path(dst), as_strategy(src_strategy), as_strategy(dst_strategy),
-        ranks=None if ranks is None else tuple(ranks), allowed=Allowed(tuple(allow_extra), tuple(allow_missing)),
+        ranks=None if ranks is None else tuple(ranks), allowed=Allowed.of(allow_extra, allow_missing),
         prefix=prefix, format=format, step=step, engine=engine, processes=processes,
-        memory_limit=parse_memory(memory_limit), reuse=reuse,
+        memory_limit=parse_memory(memory_limit), check_replicas=check_replicas, reuse=reuse,
     )  # fmt: skip
     return plan_conversion(request).carry_out(quiet=quiet)
 

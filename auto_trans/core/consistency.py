@@ -23,6 +23,10 @@ _FEED_FORWARD = [
     (f".{up}.weight", f".{down}.weight")
     for up, down in (("w1", "w2"), ("w3", "w2"), ("gate_proj", "down_proj"), ("up_proj", "down_proj"))
 ]
+# the matrices that lead from words to numbers and back
+_VOCABULARY = re.compile(
+    r"(?:tok_embeddings|embed_tokens|word_embeddings|wte|lm_head|output_layer|head)\.(?:embedding_)?(?:weight|table)$"
+)
 # up to the number of a layer
 _LAYER = re.compile(r".*?(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
@@ -32,8 +36,9 @@ def check_shapes(source: Source) -> None:
 
     A strategy of the right names but another slicing multiplies slices by the wrong numbers. Optimizer moments have the
     shape of their weight, a bias has the length of a dimension of its weight, the layers of a model are alike, what a layer
-    normalizes has the length of a dimension of one of its matrices, and a feed-forward leads back to where it began. A
-    strategy that passes all that can still be wrong; for certain only the network tells, see `check_network`.
+    normalizes has the length of a dimension of one of its matrices, a feed-forward leads back to where it began, and the
+    vocabulary is not a multiple of itself. A strategy that passes all that can still be wrong; for certain only the network
+    tells, see `check_network`.
 
     Raises:
         PlanError: They contradict each other.
@@ -52,6 +57,7 @@ def check_shapes(source: Source) -> None:
         if weight in known and not set(source.tensor(name).shape) <= set(source.tensor(weight).shape):
             raise _contradiction(source, name, weight)
     _check_norms(source, names)
+    _check_vocabulary(source, names)
     for name in names:
         back = next((name[: -len(up)] + down for up, down in _FEED_FORWARD if name.endswith(up)), "")
         shape = source.tensor(name).shape
@@ -96,6 +102,19 @@ def check_heads(strategy: Strategy, heads: Heads) -> None:
                     f"{list(stored.shape)} {stored.dtype} in {heads.describe(rank)}, which the strategy {strategy.origin} "
                     f"does not tell apart: the files are of different jobs or steps; copy those of one («src»)"
                 )
+
+
+def _check_vocabulary(source: Source, names: Iterable[str]) -> None:
+    """The matrices that lead into and out of a model have as many rows, unless one is padded a little."""
+    rows: dict[int, dict[int, str]] = {}
+    for name in names:
+        shape = source.tensor(name).shape
+        if len(shape) == 2 and not is_optimizer_state(name) and _VOCABULARY.search(name):
+            rows.setdefault(shape[1], {})[shape[0]] = name
+    for found in rows.values():
+        few, many = min(found), max(found)
+        if few < many and many % few == 0:
+            raise _contradiction(source, found[many], found[few])
 
 
 @dataclass(frozen=True)

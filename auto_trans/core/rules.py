@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from auto_trans.core.edits import Recipe
 from auto_trans.core.source import Source
 from auto_trans.core.strategy import Strategy, is_accumulated_gradient, is_optimizer_state
-from auto_trans.errors import PlanError
+from auto_trans.errors import ConfigTypeError, PlanError
 
 __all__ = ["NOTHING", "Allowed", "Sorting", "kind_of", "some", "sort_parameters"]
 
@@ -39,6 +40,22 @@ class Allowed:
 
     extra: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, extra: Iterable[str], missing: Iterable[str]) -> Allowed:
+        """What callers allow; a single pattern may be a plain string.
+
+        Raises:
+            ConfigTypeError: It is neither a pattern nor several.
+        """
+        return cls(_patterns("«allow_extra»", extra), _patterns("«allow_missing»", missing))
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (value,)
+    if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ConfigTypeError(f"{name} must be patterns of parameter names such as '*.freqs_*', not {value!r}")
+    return patterns
 
 
 NOTHING = Allowed()
@@ -205,6 +222,10 @@ class _Sorter:
             )
 
     def _warnings(self, carried: Iterable[str]) -> Iterable[str]:
+        known = {*self._recipes, *self._target.names(), *self._source.strategy.names()}
+        for pattern in (*self._allowed.extra, *self._allowed.missing):
+            if not any(fnmatchcase(name, pattern) for name in known):
+                yield f"no parameter matches {pattern}, which is allowed"
         arrays = [name for name in carried if self._is_array(name)]
         if arrays:
             yield f"in no strategy, every rank gets the whole of {_weights_first(arrays)}"

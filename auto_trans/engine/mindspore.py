@@ -7,6 +7,7 @@ would silently do wrong is refused here too; then ``mindspore.transform_checkpoi
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Optional
@@ -38,6 +39,8 @@ class MindSporeEngine:
         _check(task)
         if not task.files:
             return []
+        if importlib.util.find_spec("mindspore") is None:
+            raise ConfigError("the mindspore engine needs mindspore, which is not installed here; use «engine» native")
         target, records = task.target, []
         target.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".auto_trans_mindspore_", dir=target.folder) as scratch:

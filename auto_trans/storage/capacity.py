@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Optional
 
 import psutil
 
-from auto_trans.errors import InsufficientDiskError, InsufficientMemoryError
+from auto_trans.errors import InsufficientDiskError, InsufficientMemoryError, OutputError
 from auto_trans.sizes import format_bytes
 
-__all__ = ["available_memory", "check_disk", "check_memory", "free_disk"]
+__all__ = ["available_memory", "check_disk", "check_memory", "existing_part", "free_disk"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -36,25 +37,38 @@ def check_memory(needed: int, processes: int = 1) -> None:
     if needed * processes > available:
         raise InsufficientMemoryError(
             f"the conversion needs {format_bytes(needed)} of memory in each of {processes} processes on this machine, but "
-            f"only {format_bytes(available)} is available; decrease transform_process_num or the memory limit"
+            f"only {format_bytes(available)} is available; decrease «processes» or «memory_limit»"
         )
 
 
 def free_disk(folder: Path) -> int:
     """Bytes that are free on the file system of a folder, existing or not."""
+    return shutil.disk_usage(existing_part(folder)).free
+
+
+def existing_part(folder: Path) -> Path:
+    """The nearest folder above a path, or the path itself, that exists: on the file system where it would be made."""
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
-    return shutil.disk_usage(existing).free
+    return existing
 
 
 def check_disk(folder: Path, needed: int) -> None:
-    """Raises InsufficientDiskError unless ``needed`` bytes fit on the file system of a folder, existing or not."""
+    """Checks that ``needed`` bytes can be written to a folder, existing or not.
+
+    Raises:
+        InsufficientDiskError: They do not fit on its file system.
+        OutputError: The folder cannot be written to.
+    """
+    place = existing_part(folder)
+    if needed and not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"{place} cannot be written to; set an output directory that is writable («dst»)")
     free = free_disk(folder)
     if needed > free:
         raise InsufficientDiskError(
             f"the converted weights need {format_bytes(needed)} in {folder}, but only {format_bytes(free)} is free there; "
-            f"free space or set another output directory"
+            f"free space or set another output directory («dst»)"
         )
 
 

@@ -17,7 +17,7 @@ import xxhash
 from auto_trans.errors import InsufficientDiskError, OutputError
 from auto_trans.storage.temporary import lock, temporary_name
 
-__all__ = ["NewFile", "Publisher", "new_file", "replicate", "write_json"]
+__all__ = ["NewFile", "Publisher", "new_file", "replicate", "write_json", "write_new"]
 
 T = TypeVar("T")
 
@@ -179,6 +179,32 @@ def replicate(file: Path, replica: Path) -> None:
         # rename() of two links to the same file does nothing, so the temporary name may be left
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_new(path: Path, content: bytes) -> bool:
+    """Writes a small file unless there is one; returns whether it was written. Of several at once one wins."""
+    with _output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_name(path)
+        try:
+            temporary.write_bytes(content)
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # no links here
+            return _write_exclusively(path, content)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _write_exclusively(path: Path, content: bytes) -> bool:
+    try:
+        with open(path, "xb") as f:
+            f.write(content)
+    except FileExistsError:
+        return False
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,13 +15,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from auto_trans.storage.files import write_json
+from auto_trans.errors import OutputExistsError
+from auto_trans.process import Process
+from auto_trans.storage.files import write_json, write_new
 
 __all__ = ["MANIFEST_NAME", "RECORDS_NAME", "FileRecord", "Manifest", "read_manifest"]
 
 MANIFEST_NAME = "auto_trans_manifest.json"
 RECORDS_NAME = ".auto_trans_records"
 _VERSION = 2
+_CLAIM = "claim"
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,48 @@ class Manifest:
             content = _load(path)
             if content.get("version") == _VERSION and content.get("request") == self._request:
                 self._add(_parse(content) or ())
+
+    def rival(self) -> str:
+        """What else was made, or is being made, in the folder; empty if nothing is."""
+        finished = _load(self._folder / MANIFEST_NAME)
+        if finished and finished.get("request") != self._request:
+            return f"a finished conversion of something else ({MANIFEST_NAME})"
+        claim = _load(self._folder / RECORDS_NAME / _CLAIM)
+        if not claim or claim.get("request") == self._request:
+            return ""
+        return "" if self._is_abandoned(claim) else f"a conversion of something else, begun by {claim.get('by')}"
+
+    def claim(self) -> None:
+        """Takes the folder for this request, for all processes that work on it, until it is finished.
+
+        Raises:
+            OutputExistsError: It is taken for another.
+        """
+        path = self._folder / RECORDS_NAME / _CLAIM
+        for _ in range(_TRIES):
+            rival = self.rival()
+            if rival:
+                raise OutputExistsError(
+                    f"{self._folder} holds {rival}; give another target folder («dst»), or remove it"
+                )
+            if _load(path).get("request") == self._request:
+                return
+            path.unlink(missing_ok=True)  # of one that was given up before it had made anything
+            process = Process.current()
+            content = {"version": _VERSION, "request": self._request, "by": str(process), "process": process.to_json()}
+            if write_new(path, json.dumps(content).encode()):
+                continue  # look once more: another may have finished meanwhile
+        raise OutputExistsError(
+            f"{self._folder} is wanted by several conversions at once; start them one after the other"
+        )
+
+    def _is_abandoned(self, claim: dict[str, Any]) -> bool:
+        """Whether the process of a claim is gone and has left nothing."""
+        try:
+            is_dead = Process.parse(claim.get("process", {})).is_dead()
+        except ValueError:
+            is_dead = True
+        return is_dead and not any((self._folder / RECORDS_NAME).glob("*.json"))
 
     def done(self, file: str) -> Optional[FileRecord]:
         """The record of a file, if it was made for the same request and is still as it was published."""

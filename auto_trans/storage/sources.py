@@ -24,7 +24,7 @@ from auto_trans.storage.formats import FORMATS, Format, format_of, scan
 from auto_trans.storage.formats.head import FileHead, StoredTensor
 from auto_trans.storage.sharded import check_against_index, find_shards, is_index, is_lone_shard
 from auto_trans.storage.siblings import check_not_a_slice
-from auto_trans.storage.steps import choose_latest, choose_resumed, choose_step
+from auto_trans.storage.steps import check_names, choose_latest, choose_resumed, choose_step
 from auto_trans.storage.strategies import read_strategy
 
 __all__ = ["Checkpoint", "PathLike", "ScannedFiles", "StrategyLike", "as_strategy", "find_checkpoints", "find_sources"]
@@ -153,6 +153,8 @@ def find_sources(
                 f"source {checkpoint.path} is complete, but its strategy {strategy.origin} describes {strategy.world_size} "
                 f"ranks; give the folder above rank_0, or no source strategy («src_strategy»)"
             )
+        if step is not None and not checkpoint.distributed:
+            raise ConfigError(f"source {checkpoint.path} is complete and has no steps; leave «step» out")
         if not checkpoint.distributed:
             with _read_errors(checkpoint.path):
                 check_not_a_slice(checkpoint.all_files[0])
@@ -269,6 +271,7 @@ def _choose(folders: Mapping[int, Path], resume_file: Optional[str], step: Optio
             )
     if step is not None:
         candidates = choose_step(candidates, step)
+    check_names(candidates)
     formats = {file.suffix: file for files in candidates.values() for file in files}
     if len(formats) > 1:
         raise UnsupportedCheckpointError(

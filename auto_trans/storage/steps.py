@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from auto_trans.errors import CheckpointNotFoundError
+from auto_trans.errors import CheckpointError, CheckpointNotFoundError
 from auto_trans.log import logger
 
-__all__ = ["choose_latest", "choose_resumed", "choose_step"]
+__all__ = ["check_names", "choose_latest", "choose_resumed", "choose_step"]
 
 _RANK_IN_NAME = re.compile(r"_rank_\d+")
 _STEP = re.compile(r"(?:_rank_\d+_(?P<task>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)\.\w+$")
@@ -32,6 +32,29 @@ class _Step(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.epoch}_{self.step}"
+
+
+def check_names(candidates: Candidates) -> None:
+    """Checks that the files of a folder are those of its rank, and one for every step.
+
+    Raises:
+        CheckpointError: Files of different ranks or prefixes are mixed up.
+    """
+    for rank, files in candidates.items():
+        by_step: dict[_Step, Path] = {}
+        for file in files:
+            named = _RANK_IN_NAME.search(file.name)
+            if named is not None and int(named.group()[len("_rank_") :]) != rank:
+                raise CheckpointError(
+                    f"{file} is named after another rank than its folder: files are mixed up; move it to the folder of its "
+                    f"rank, or rename it if it really is that of rank {rank}"
+                )
+            step = _step_of(file)
+            other = by_step.setdefault(step, file) if step is not None else file
+            if other is not file:
+                raise CheckpointError(
+                    f"{other} and {file.name} are of the same step, {step}; keep one of them, or say which is meant («step»)"
+                )
 
 
 def choose_step(candidates: Candidates, step: str) -> dict[int, list[Path]]:

@@ -8,6 +8,7 @@ stage agree. How many stages the job has is told by no file: a gap is noticed, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -16,7 +17,7 @@ from typing import NamedTuple, Union
 
 from auto_trans.core.layout import Layout
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import ConfigError, StrategyError, StrategyNotFoundError
+from auto_trans.errors import ConfigError, OutputExistsError, StrategyError, StrategyNotFoundError
 from auto_trans.log import logger
 from auto_trans.storage.files import new_file
 from auto_trans.storage.formats.strategy import StagePart, StrategyFile, merge, parse
@@ -84,11 +85,26 @@ def merge_strategies(folder: PathLike, output: PathLike | None = None) -> Path:
         raise ConfigError(f"merged strategy {output} is written as protobuf: give it a name that ends in .ckpt")
     if not folder.is_dir():
         raise StrategyNotFoundError(f"{folder} is no folder; set it to the folder of the strategy files to merge")
-    by_stage, _ = _read_folder(folder)
+    by_stage, merged = _read_folder(folder)
     if not by_stage:
-        raise StrategyNotFoundError(f"{folder} holds no per-stage strategy files (*_rank_N.ckpt or .json) to merge")
+        raise StrategyNotFoundError(
+            f"{folder} holds no per-stage strategy files (*_rank_N.ckpt or .json) to merge"
+            + (f" that would add to {merged[0].file}" if merged else "")
+        )
+    _check_replaceable(output, folder)
     _write_merged(by_stage, folder, output)
     return output
+
+
+def _check_replaceable(output: Path, folder: Path) -> None:
+    """Only what is a merged strategy, or bears its usual name, is replaced.
+
+    Raises:
+        OutputExistsError: Something else would be lost.
+    """
+    usual = output.name == MERGED_NAME and output.parent.resolve() == folder.resolve()
+    if output.exists() and not usual and not _read_if_merged([output]):
+        raise OutputExistsError(f"{output} is there already and is no merged strategy file; give another name («dst»)")
 
 
 def remerge_strategies(path: PathLike | None) -> None:
@@ -186,7 +202,13 @@ def _read_folder(folder: Path) -> tuple[dict[int, _Found], list[_Found]]:
             staged.append(found.file)
     _check_one_kind(folder, staged)
     if by_stage:
-        return by_stage, []
+        fuller = next((found for found in (*merged, *_read_if_merged(usual)) if _goes_on(found, by_stage)), None)
+        if fuller is None:
+            return by_stage, []
+        logger.info(
+            "%s describes more stages than the other files beside it, and the same of theirs: it is used", fuller.file
+        )
+        return {}, [fuller]
     merged += _read_files(usual)
     if not merged:
         raise StrategyNotFoundError(
@@ -199,6 +221,23 @@ def _read_folder(folder: Path) -> tuple[dict[int, _Found], list[_Found]]:
             f"{merged[0].file} and {other.file} are merged strategy files of different jobs; remove one of them"
         )
     return {}, merged
+
+
+def _read_if_merged(files: Iterable[Path]) -> list[_Found]:
+    """Merged files, which may be stale or damaged where there are others."""
+    found = []
+    for file in files:
+        with contextlib.suppress(StrategyError):
+            found += [read for read in _read_files([file]) if read.content.is_merged]
+    return found
+
+
+def _goes_on(merged: _Found, by_stage: Mapping[int, _Found]) -> bool:
+    """Whether a merged file says the same of the stages that other files describe, and describes more."""
+    parts = {part.stage: part for part in merged.content.parts}
+    return len(parts) > len(by_stage) and all(
+        found.content.parts == (parts.get(stage),) for stage, found in by_stage.items()
+    )
 
 
 def _add_stage(by_stage: dict[int, _Found], found: _Found) -> None:

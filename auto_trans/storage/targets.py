@@ -6,6 +6,7 @@ finished. It is picklable: worker processes write to the same target.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -26,6 +27,9 @@ HYPER_PARAMETERS = "hyper_param.safetensors"
 INDEX_NAMES = ("model.safetensors.index.json", "param_name_map.json")
 
 
+_RANK_FOLDER = re.compile(r"^rank_(\d+)$")
+
+
 def rank_file(folder: Path, prefix: str, rank: int, suffix: str = ".ckpt") -> Path:
     """Where the slice of ``rank`` lies in a target folder: ``rank_N/{prefix}N.ckpt``, as MindFormers expects it."""
     return folder / f"rank_{rank}" / f"{prefix}{rank}{suffix}"
@@ -34,8 +38,8 @@ def rank_file(folder: Path, prefix: str, rank: int, suffix: str = ".ckpt") -> Pa
 class Target(ABC):
     """A folder that gets the files of a conversion.
 
-    A conversion calls, in this order: `arrange`, `sweep` and `check`; for every file `done`, and `open` and `publish` or
-    `replicate`; and in the end `finish`, whichever of several processes comes last.
+    A conversion calls, in this order: `arrange` and `check`, which write nothing; `begin`; for every file `done`, and `open`
+    and `publish` or `replicate`; and in the end `finish`, whichever of several processes comes last.
 
     Args:
         folder: The folder.
@@ -82,13 +86,15 @@ class Target(ABC):
         """Bytes of a file."""
         return encoded_size(self.format, file.tensors)
 
-    def refresh(self) -> None:
-        """Looks at what other processes have published."""
-        self._manifest.refresh()
+    def begin(self, files: Iterable[FilePlan]) -> None:
+        """Takes the folder for this request, removes what killed conversions left, and looks at what is there.
 
-    def sweep(self, files: Iterable[FilePlan]) -> None:
-        """Removes the temporary files that killed conversions left."""
+        Raises:
+            OutputExistsError: The folder is taken for something else.
+        """
+        self._manifest.claim()
         sweep({self.folder, self.folder / RECORDS_NAME, *self.folders(files)})
+        self._manifest.refresh()
 
     def done(self, rank: int, part: int = 0) -> Optional[FileRecord]:
         """The record of a file that is there already and is kept."""
@@ -124,6 +130,11 @@ class Target(ABC):
         with self._manifest.adding(records):
             self._replicate(original, records)
         return records
+
+    def _refuse_rival(self) -> None:
+        rival = self._manifest.rival()
+        if rival:
+            raise OutputExistsError(f"{self.folder} holds {rival}; give another target folder («dst»), or remove it")
 
     def _replicate(self, original: FileRecord, replicas: Iterable[FileRecord]) -> None:
         for replica in replicas:
@@ -164,13 +175,18 @@ class RankFolders(Target):
         return {self.folder / f"rank_{rank}" for file in files for rank in file.ranks}
 
     def check(self, files: Iterable[FilePlan]) -> None:
-        """Refuses other checkpoint files in the rank folders, see `Target`."""
+        """Refuses other checkpoint files in the rank folders, and rank folders of a larger job, see `Target`."""
         for file in files:
             for rank in file.ranks:
                 record = self._manifest.done(self.name(rank))
                 ours = self.path(record.file) if record else None
                 there = _contents(self.folder / f"rank_{rank}")
                 _refuse(next((f for f in there if f.suffix[1:] in FORMATS and f != ours), None))
+        for child in _contents(self.folder):
+            found = _RANK_FOLDER.match(child.name)
+            if found and int(found[1]) >= self._world_size:
+                _refuse(next((f for f in _contents(child) if f.suffix[1:] in FORMATS), None))
+        self._refuse_rival()
 
     def finish(self) -> bool:
         """Writes the manifest, see `Target`."""
@@ -235,6 +251,7 @@ class SafetensorsSet(Target):
             ours |= {MANIFEST_NAME, *INDEX_NAMES}
         there = _contents(self.folder)
         _refuse(next((file for file in there if file.name not in ours and not file.name.startswith(".")), None))
+        self._refuse_rival()
 
     def finish(self) -> bool:
         """Writes the indices and the manifest, last: they tell that the set is complete. See `Target`."""
@@ -277,6 +294,6 @@ def _contents(folder: Path) -> list[Path]:
 def _refuse(file: Optional[Path]) -> None:
     if file is not None:
         raise OutputExistsError(
-            f"{file} is there already and was not made by this conversion; it is not overwritten: give another target "
-            f"folder («dst»), or remove it"
+            f"{file} is there already and was not made by this conversion (of the same source in the same state, with the "
+            f"same strategies and settings); it is not overwritten: give another target folder («dst»), or remove it"
         )

@@ -78,7 +78,7 @@ def _transform(arguments: argparse.Namespace) -> Path:
     found = find_sources(arguments.src_checkpoint, source)
     request = Request(
         Path(arguments.src_checkpoint), folder, source, target, ranks=tuple(ranks), prefix=arguments.prefix,
-        allowed=Allowed(tuple(arguments.allow_extra), tuple(arguments.allow_missing)),
+        allowed=Allowed.of(arguments.allow_extra, arguments.allow_missing),
     )  # fmt: skip
     for checkpoint in found if ranks else ():
         conversion = Conversion(replace(request, dst=folder / checkpoint.name), checkpoint)

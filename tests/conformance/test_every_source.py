@@ -225,6 +225,8 @@ class RankFoldersTests(DistributedTests):
 
     def test_more_ranks_than_the_strategy_has_are_refused(self, tmp_path):
         folder, sliced = self.save(tmp_path, self.case())
+        (file,) = (folder / "rank_3").iterdir()
+        file.rename(file.with_name(file.name.replace("_rank_3", "_rank_4")))
         (folder / "rank_3").rename(folder / "rank_4")
         with pytest.raises(PlanError, match=r"up to rank_4\), but its strategy strategy describes 4 ranks"):
             self.source(folder, sliced)

@@ -63,7 +63,7 @@ class Killer:
 
 
 class TargetTests(ABC):
-    """Arrange, sweep, check, write, finish."""
+    """Arrange, check, begin, write, finish."""
 
     @abstractmethod
     def plan(self) -> Plan:
@@ -101,9 +101,8 @@ class TargetTests(ABC):
     def convert(self, folder, request="request"):
         """All that a conversion does with a target."""
         target, files = self.opened(folder, request)
-        target.sweep(files)
         target.check(files)
-        target.refresh()
+        target.begin(files)
         for file in files:
             missing = [rank for rank in file.ranks if not target.done(rank, file.part)]
             there = next((record for rank in file.ranks if (record := target.done(rank, file.part))), None)
@@ -193,7 +192,7 @@ class TargetTests(ABC):
                     finished = self.convert(folder)
             there = self.snapshot(folder) if folder.exists() else {}
             for name, content in there.items():
-                if name.endswith(".json"):
+                if name.endswith((".json", "claim")):
                     json.loads(content)
                 else:
                     assert content == expected[name], f"after {at} calls {name} is not complete"
@@ -292,7 +291,7 @@ class TargetTests(ABC):
         for file in files:
             self.write(copy, file)
         assert target.done(files[0].ranks[0], files[0].part) is None, "it has not looked"
-        target.refresh()
+        target.begin(files)
         assert all(target.done(rank, file.part) for file in files for rank in file.ranks)
         assert target.finish()
 
@@ -316,6 +315,33 @@ class TargetTests(ABC):
         assert one.finish() and other.finish()
         assert self.weights(tmp_path) == self.expected(tmp_path)
 
+    def test_two_requests_at_once_do_not_mix(self, tmp_path):
+        (one, files), (other, _) = self.opened(tmp_path), self.opened(tmp_path, "another request")
+        for target in (one, other):
+            target.check(files)  # nothing is there yet
+        one.begin(files)
+        with pytest.raises(
+            OutputExistsError, match=f"a conversion of something else, begun by host .*, pid {os.getpid()}"
+        ):
+            other.begin(files)
+        with pytest.raises(OutputExistsError, match="begun by"):
+            other.check(files)
+        for file in files:
+            self.write(one, file)
+        assert one.finish()
+        with pytest.raises(OutputExistsError, match=r"a finished conversion of something else|is there already"):
+            other.begin(files)
+        one.begin(files)
+
+    def test_request_that_was_given_up_before_it_made_anything_is_no_hindrance(self, tmp_path, monkeypatch):
+        here = Process.current()
+        gone = Process(here.host, here.pid, here.started + 1, here.space)
+        with monkeypatch.context() as patched:
+            patched.setattr(Process, "current", classmethod(lambda cls: gone))
+            target, files = self.opened(tmp_path, "another request")
+            target.begin(files)
+        assert self.convert(tmp_path)
+
     def test_only_what_killed_ones_left_is_swept(self, tmp_path, monkeypatch):
         target, files = self.opened(tmp_path)
         here = Process.current()
@@ -329,7 +355,7 @@ class TargetTests(ABC):
                 left.append(temporary_name(folder / "x"))
         for file in (*left, *kept):
             file.write_bytes(b"half")
-        target.sweep(files)
+        target.begin(files)
         assert [file for file in (*left, *kept) if file.exists()] == kept
 
 
@@ -344,10 +370,10 @@ class RankFoldersTests(TargetTests):
 
     def foreign(self):
         endings = [f"rank_3/{stem}.{name}" for stem in ("checkpoint_3", "net_rank_3-1_1") for name in FORMATS]
-        return [*endings, "rank_0/checkpoint_1.ckpt"]
+        return [*endings, "rank_0/checkpoint_1.ckpt", "rank_4/checkpoint_4.ckpt"]
 
     def welcome(self):
-        return ["rank_0/notes.txt", "README.md", "rank_7/checkpoint_7.ckpt", "other.ckpt"]
+        return ["rank_0/notes.txt", "README.md", "rank_7/notes.txt", "other.ckpt"]
 
 
 class TestRankFoldersOfCkpt(RankFoldersTests):

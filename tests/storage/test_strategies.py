@@ -15,7 +15,7 @@ from strategy_files import dims, field, layout_item, strategy_file, strategy_ite
 
 from auto_trans.core.layout import Layout
 from auto_trans.core.strategy import Strategy, describe_difference, same_slices
-from auto_trans.errors import ConfigError, LayoutError, StrategyError, StrategyNotFoundError
+from auto_trans.errors import ConfigError, LayoutError, OutputExistsError, StrategyError, StrategyNotFoundError
 from auto_trans.storage import strategies
 from auto_trans.storage.strategies import merge_strategies, read_strategy, remerge_strategies
 
@@ -542,3 +542,41 @@ def test_what_mindspores_schema_writes_is_read_alike(items, stage):
         item.param_name = f"3-{item.param_name}"
     message.current_stage = 1
     assert with_prefix == message
+
+
+def test_merged_file_that_describes_more_stages_than_those_beside_it_is_used(tmp_path):
+    """As in a folder to which one node's files were copied."""
+    whole = merge_strategies(PIPELINE, tmp_path / "merged_ckpt_strategy.ckpt")
+    for rank in range(4):
+        shutil.copy(PIPELINE / f"ckpt_strategy_rank_{rank}.ckpt", tmp_path)
+    assert read_strategy(tmp_path).world_size == 8
+    before = whole.read_bytes()
+    with pytest.raises(StrategyNotFoundError, match="would add to"):
+        merge_strategies(tmp_path)
+    assert whole.read_bytes() == before, "a merged file of more stages is not replaced by one of fewer"
+    shutil.copy(LLAMA / "dp2mp2" / "strategy" / "ckpt_strategy_rank_0.ckpt", tmp_path)
+    with pytest.raises(StrategyError, match="differ"):
+        read_strategy(tmp_path)
+
+
+def test_merged_file_of_another_job_beside_stage_files_is_stale(tmp_path):
+    merge_strategies(PIPELINE, tmp_path / "merged_ckpt_strategy.ckpt")
+    for file in (LLAMA / "dp2mp2" / "strategy").iterdir():
+        shutil.copy(file, tmp_path)
+    assert read_strategy(tmp_path).world_size == 4
+
+
+@pytest.mark.parametrize("name", ["weights.ckpt", "ckpt_strategy_rank_0.ckpt", "notes.ckpt"])
+def test_merging_never_overwrites_what_is_no_merged_strategy(tmp_path, name):
+    shutil.copytree(PIPELINE, tmp_path, dirs_exist_ok=True)
+    if name != "ckpt_strategy_rank_0.ckpt":
+        (tmp_path / "elsewhere").mkdir()
+        output = oracle.write_raw(tmp_path / "elsewhere" / name, {"w": oracle.Raw("Int8", (1,), b"x")})
+    else:
+        output = tmp_path / name
+    before = output.read_bytes()
+    with pytest.raises(OutputExistsError, match="is no merged strategy file"):
+        merge_strategies(tmp_path, output)
+    assert output.read_bytes() == before
+    merged = merge_strategies(tmp_path, tmp_path / "elsewhere" / "m.ckpt")
+    assert merge_strategies(tmp_path, merged) == merged
