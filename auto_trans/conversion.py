@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Callable, Optional, Union
 
 from auto_trans.config import DEFAULT_MEMORY, parse_memory
@@ -27,7 +26,7 @@ from auto_trans.errors import ConfigError, PlanError
 from auto_trans.log import logger
 from auto_trans.progress import Meter
 from auto_trans.report import ConversionReport
-from auto_trans.request import Request
+from auto_trans.request import Request, as_path, as_ranks
 from auto_trans.storage.capacity import check_disk, check_memory
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.manifest import FileRecord
@@ -133,6 +132,9 @@ class Conversion:
         )
         try:
             written = self._engine().write(self._task(todo), meter)
+        except BaseException:
+            self.target.give_up()
+            raise
         finally:
             meter.close()
         self.target.finish()
@@ -336,8 +338,8 @@ def convert(
             touched, and no incomplete file bears its final name.
     """
     request = Request(
-        Path(src), Path(dst), as_strategy(src_strategy), as_strategy(dst_strategy),
-        ranks=None if ranks is None else tuple(ranks), allowed=Allowed.of(allow_extra, allow_missing),
+        as_path("«src»", src), as_path("«dst»", dst), as_strategy(src_strategy), as_strategy(dst_strategy),
+        ranks=as_ranks(ranks), allowed=Allowed.of(allow_extra, allow_missing),
         prefix=prefix, format=format, step=step, engine=engine, processes=processes,
         memory_limit=parse_memory(memory_limit), check_replicas=check_replicas, reuse=reuse,
     )  # fmt: skip

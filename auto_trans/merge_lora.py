@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Optional, Union
 
 from auto_trans.config import parse_memory
@@ -17,7 +16,7 @@ from auto_trans.core.edits import AddLora
 from auto_trans.core.rules import Allowed
 from auto_trans.errors import ConfigError
 from auto_trans.report import ConversionReport
-from auto_trans.request import Request
+from auto_trans.request import Request, as_path
 from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy
 
 __all__ = ["merge_lora", "parse_scaling"]
@@ -81,8 +80,15 @@ def merge_lora(
         PlanError: A matrix has no partner or no base weight, or shapes do not multiply.
     """
     request = Request(
-        Path(src), Path(dst), as_strategy(src_strategy), as_strategy(dst_strategy), edits=(AddLora(parse_scaling(scaling)),),
-        allowed=Allowed(tuple(allow_extra), tuple(allow_missing)), prefix=prefix, format=format, processes=processes,
+        as_path("«src»", src),
+        as_path("«dst»", dst),
+        as_strategy(src_strategy),
+        as_strategy(dst_strategy),
+        edits=(AddLora(parse_scaling(scaling)),),
+        allowed=Allowed.of(allow_extra, allow_missing),
+        prefix=prefix,
+        format=format,
+        processes=processes,
         memory_limit=parse_memory(memory_limit),
-    )  # fmt: skip
+    )
     return plan_conversion(request).carry_out(quiet=quiet)

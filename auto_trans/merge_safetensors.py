@@ -21,7 +21,7 @@ from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError
 from auto_trans.log import logger
-from auto_trans.request import Request
+from auto_trans.request import Request, as_path
 from auto_trans.storage.formats import scan
 from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy
 from auto_trans.storage.targets import HYPER_PARAMETERS, SafetensorsSet
@@ -109,7 +109,7 @@ def merge_safetensors(
     if source.is_complete:
         raise ConfigError("a merge needs the strategy that the weights were saved under («src_strategy»)")
     request = Request(
-        Path(src), Path(dst), source, Strategy.complete(), format="safetensors", step=file_suffix,
+        as_path("«src»", src), as_path("«dst»", dst), source, Strategy.complete(), format="safetensors", step=file_suffix,
         edits=(Drop((*filter_out_param_prefix, "accu_grads.")),), shard_size=parse_shard_size(max_shard_size),
         allowed=Allowed(tuple(allow_extra), tuple(allow_missing)), processes=processes,
         memory_limit=parse_memory(memory_limit), check_replicas=check_replicas,

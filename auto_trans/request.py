@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
@@ -13,11 +15,11 @@ from auto_trans.core.consistency import Network
 from auto_trans.core.edits import Edit
 from auto_trans.core.rules import NOTHING, Allowed
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import CheckpointNotFoundError, ConfigError
+from auto_trans.errors import CheckpointNotFoundError, ConfigError, ConfigTypeError
 from auto_trans.storage.formats import parse_format
 from auto_trans.storage.sources import Checkpoint
 
-__all__ = ["Request"]
+__all__ = ["Request", "as_path", "as_ranks"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,10 @@ class Request:
     network: Optional[Network] = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.ranks is not None and not all(type(rank) is int for rank in self.ranks):
+            raise ConfigTypeError(f"«ranks» must be whole numbers, not {list(self.ranks)!r}")
+        if type(self.processes) is not int:
+            raise ConfigTypeError(f"«processes» must be a whole number, not {self.processes!r}")
         try:
             object.__setattr__(self, "dst", self.dst.expanduser())
         except RuntimeError as e:
@@ -103,6 +109,30 @@ class Request:
                 content.append((item.name, value.digest if isinstance(value, Strategy) else value))
         content.append(("format", self.format or checkpoint.format.name))
         return xxhash.xxh3_128_hexdigest(repr(content).encode())
+
+
+def as_path(name: str, value: Any) -> Path:
+    """A path that a caller gives.
+
+    Raises:
+        ConfigTypeError: It is none, or empty.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        raise ConfigTypeError(f"{name} must be a path, not {value!r}")
+    return Path(value)
+
+
+def as_ranks(value: Optional[Iterable[int]]) -> Optional[tuple[int, ...]]:
+    """Ranks that a caller gives.
+
+    Raises:
+        ConfigTypeError: They are not several numbers.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise ConfigTypeError(f"«ranks» must be a list of whole numbers, not {value!r}")
+    return tuple(value)
 
 
 # What changes nothing in the target files. The source and its step are known by the chosen files, and the ranks by the

@@ -217,7 +217,7 @@ def test_both_formats_in_one_folder(case, snapshot):
         ({"src": "/nowhere/weights"}, FileNotFoundError, "/nowhere/weights is not found"),
         ({"src_strategy": "/nowhere/s.ckpt"}, StrategyNotFoundError, r"/nowhere/s\.ckpt is not found"),
         ({"dst_strategy": "/nowhere/s.ckpt"}, StrategyNotFoundError, r"/nowhere/s\.ckpt is not found"),
-        ({"ranks": [9]}, ConfigError, r"rank \[9\] is not in the target, which has ranks 0 to 3"),
+        ({"ranks": [9]}, ConfigError, r"rank 9 is not in the target, which has ranks 0 to 3"),
         ({"engine": "fast"}, ConfigError, "engine must be one of native, mindspore"),
         ({"memory_limit": "lots"}, ConfigError, "memory_limit must be a size"),
         ({"memory_limit": "1KiB"}, ConfigError, "at least 1MiB"),

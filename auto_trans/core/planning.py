@@ -51,7 +51,7 @@ def make_plan(
     outside = [rank for rank in wanted if not 0 <= rank < target.world_size]
     if outside or not wanted:
         raise ConfigError(
-            f"rank {outside or 'list'} is not in the target, which has ranks 0 to {target.world_size - 1} («ranks»)"
+            f"{_ranks(outside)} not in the target, which has ranks 0 to {target.world_size - 1} («ranks»)"
         )
     with _collector_paused():
         return _Planner(source, target, edits, allowed).plan(wanted)
@@ -248,6 +248,12 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _ranks(outside: Sequence[int]) -> str:
+    if not outside:
+        return "no rank is asked for: an empty list is"
+    return f"rank {', '.join(map(str, outside))} {'is' if len(outside) == 1 else 'are'}"
 
 
 def _renamed(tensor: Tensor, name: str) -> Tensor:

@@ -279,8 +279,8 @@ class SlicedSource:
         if ranks[-1] >= world:
             raise PlanError(
                 f"the source has {len(ranks)} rank folders (up to rank_{ranks[-1]}), but its strategy "
-                f"{self.strategy.origin} describes {world} ranks: it is one stage's file of a pipeline job, for which the "
-                f"strategy folder or the merged file must be given («src_strategy»), or the strategy of another job"
+                f"{self.strategy.origin} describes {world} ranks: it is the strategy of another job, or one stage's file "
+                f"of a pipeline job, for which the strategy folder or the merged file must be given («src_strategy»)"
             )
 
 

@@ -73,6 +73,9 @@ class Manifest:
         finished = _load(self._folder / MANIFEST_NAME)
         if finished and finished.get("request") != self._request:
             return f"a finished conversion of something else ({MANIFEST_NAME})"
+        records = sorted((self._folder / RECORDS_NAME).glob("*.json"))
+        if records and _load(records[0]).get("request", self._request) != self._request:
+            return "files of a conversion of something else, which is not finished"
         claim = _load(self._folder / RECORDS_NAME / _CLAIM)
         if not claim or claim.get("request") == self._request:
             return ""
@@ -101,6 +104,15 @@ class Manifest:
         raise OutputExistsError(
             f"{self._folder} is wanted by several conversions at once; start them one after the other"
         )
+
+    def give_up(self) -> None:
+        """Lets the folder go if this process took it and nothing was made."""
+        records = self._folder / RECORDS_NAME
+        claim = records / _CLAIM
+        if _load(claim).get("process") == Process.current().to_json() and not any(records.glob("*.json")):
+            with contextlib.suppress(OSError):
+                claim.unlink()
+                records.rmdir()
 
     def _is_abandoned(self, claim: dict[str, Any]) -> bool:
         """Whether the process of a claim is gone and has left nothing."""

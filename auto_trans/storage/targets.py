@@ -96,6 +96,10 @@ class Target(ABC):
         sweep({self.folder, self.folder / RECORDS_NAME, *self.folders(files)})
         self._manifest.refresh()
 
+    def give_up(self) -> None:
+        """Lets the folder go if nothing was made."""
+        self._manifest.give_up()
+
     def done(self, rank: int, part: int = 0) -> Optional[FileRecord]:
         """The record of a file that is there already and is kept."""
         return self._manifest.done(self.name(rank, part)) if self._reuse else None

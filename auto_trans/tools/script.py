@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Mapping
 from typing import Callable, Optional
 
-from auto_trans.errors import AutoTransError
+from auto_trans.ending import run_command
 
 __all__ = ["boolean", "run_script", "script_parser"]
 
@@ -47,13 +46,12 @@ def run_script(name: str, work: Callable[[], str], flags: Mapping[str, str]) -> 
         flags: The library's name of a setting -> the script's flag; for messages.
 
     Returns:
-        The exit code: 0 done, 1 failed with an error in one line.
+        The exit code, see `auto_trans.ending.run_command`.
     """
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    try:
+
+    def show() -> int:
         print(work())
-    except AutoTransError as e:
-        e.told_by({**_ALLOW_FLAGS, **flags})
-        sys.stderr.write(f"{name}: error: {e}\n")
-        return 1
-    return 0
+        return 0
+
+    return run_command(name, show, {**_ALLOW_FLAGS, **flags})

@@ -3,7 +3,8 @@
 #
 #   bash transform_checkpoint.sh SRC SRC_STRATEGY|None DST DST_STRATEGY|None WORLD_SIZE PROCESS_NUM [PREFIX]
 #
-# The log of every process is in DST_logs/rank_N.log. Exits with 1 if a process fails, naming it and its log.
+# The log of every process is in DST_logs/rank_N.log. Exits with 1 if a process fails, naming it and its log. Interrupted or
+# terminated it ends its processes; started again, they go on where they stopped.
 set -uo pipefail
 
 if [ $# -lt 6 ] || [ $# -gt 7 ]; then
@@ -33,7 +34,15 @@ for ((rank = 0; rank < world_size; rank += share)); do
         >"$logs/rank_$rank.log" 2>&1 &
     ranks+=("$rank") pids+=("$!")
 done
-trap 'kill "${pids[@]}" 2>/dev/null' INT TERM
+# the processes end as they do alone, and nothing half-written is left; then this does
+end() {
+    kill -TERM "${pids[@]}" 2>/dev/null
+    wait
+    trap - "$1"
+    kill -s "$1" $$
+}
+trap 'end INT' INT
+trap 'end TERM' TERM
 
 failed=0
 for i in "${!pids[@]}"; do
