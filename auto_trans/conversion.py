@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Callable, Optional, Union
 
 from auto_trans.config import DEFAULT_MEMORY, parse_memory
-from auto_trans.core.consistency import check_heads, check_network, check_shapes
+from auto_trans.core.consistency import check_heads, check_names, check_network, check_shapes, shapes_of_slice
+from auto_trans.core.edits import KeepFor
 from auto_trans.core.plan import FilePlan, Plan
 from auto_trans.core.planning import make_plan
 from auto_trans.core.rules import NOTHING, Allowed, some
@@ -54,7 +55,7 @@ class Conversion:
         self.request, self.checkpoint = request, checkpoint
         self._heads = ScannedFiles(checkpoint)
         self.source = SlicedSource(request.from_strategy, self._heads)
-        check_shapes(self.source)
+        check_shapes(self.source, request.allowed)
         self.plan: Plan = make_plan(
             self.source, request.to_strategy, request.ranks, edits=request.edits, allowed=request.allowed
         )
@@ -101,6 +102,7 @@ class Conversion:
         check_disk(self.request.dst, int(sum(self.target.size(file) for file in todo) / part))
         if heads:
             check_heads(self.request.from_strategy, self._heads)
+            check_names(self.source, self._heads)
         if self.request.network is not None:
             check_network(self.request.network, self._slices(), self.request.from_strategy.origin)
         self._check_carried()
@@ -206,15 +208,23 @@ class Conversion:
 
     def _engine(self) -> Engine:
         if self.request.engine == "mindspore":
+            if self.plan.dropped or self.request.edits:
+                raise ConfigError(
+                    f"the mindspore engine leaves nothing out ({some(self.plan.dropped or self.plan.carried)}) and changes "
+                    f"nothing on the way; use «engine» native"
+                )
             from auto_trans.engine.mindspore import MindSporeEngine
 
             return MindSporeEngine()
         return WorkerEngine(NativeEngine(), self.request.processes)
 
-    def _slices(self) -> Iterator[tuple[str, Shape, Shape]]:
-        """Name, full shape and shape of a slice of every parameter."""
+    def _slices(self) -> Iterator[tuple[str, Shape, list[Shape]]]:
+        """Name, full shape and shapes of a slice, after and before optimizer shard, of every parameter."""
         tensors = {tensor.name: tensor for file in self.plan.files for tensor in file.tensors}
-        return ((name, tensor.tensor.shape, tensor.shape) for name, tensor in tensors.items())
+        return (
+            (n, t.tensor.shape, shapes_of_slice(self.request.to_strategy, n, t.tensor.shape))
+            for n, t in tensors.items()
+        )
 
     def _check_carried(self) -> None:
         """Carried arrays are right only if no rank holds a slice of them."""
@@ -255,8 +265,10 @@ def check_source(strategy: Strategy, heads: Heads, allowed: Allowed = NOTHING) -
         AutoTransError: The source cannot be converted.
     """
     source = SlicedSource(strategy, heads)
-    check_shapes(source)
-    return make_plan(source, Strategy.complete(), allowed=allowed)
+    check_shapes(source, allowed)
+    # a layout or an optimizer state that the target may not need is no matter yet
+    edits = [KeepFor(strategy)]
+    return make_plan(source, Strategy.complete(), edits=edits, allowed=allowed)
 
 
 def plan_conversions(request: Request) -> list[Conversion]:
@@ -268,7 +280,7 @@ def plan_conversions(request: Request) -> list[Conversion]:
     Raises:
         AutoTransError: There is no source, or the source and the strategies do not make up the target.
     """
-    found = find_sources(request.src, request.from_strategy, request.resume_file, request.step)
+    found = find_sources(request.src, request.from_strategy, request.resume_file, request.step, request.file_suffix)
     if len(found) == 1:
         return [Conversion(request, found[0])]
     return [Conversion(replace(request, dst=request.dst / one.name), one) for one in found]
@@ -280,7 +292,7 @@ def plan_conversion(request: Request) -> Conversion:
     Raises:
         ConfigError: The source is a folder of several complete checkpoints.
     """
-    found = find_sources(request.src, request.from_strategy, request.resume_file, request.step)
+    found = find_sources(request.src, request.from_strategy, request.resume_file, request.step, request.file_suffix)
     if len(found) > 1:
         names = ", ".join(one.path.name for one in found[:3])
         raise ConfigError(

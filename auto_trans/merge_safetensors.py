@@ -109,11 +109,19 @@ def merge_safetensors(
     if source.is_complete:
         raise ConfigError("a merge needs the strategy that the weights were saved under («src_strategy»)")
     request = Request(
-        as_path("«src»", src), as_path("«dst»", dst), source, Strategy.complete(), format="safetensors", step=file_suffix,
-        edits=(Drop((*filter_out_param_prefix, "accu_grads.")),), shard_size=parse_shard_size(max_shard_size),
-        allowed=Allowed(tuple(allow_extra), tuple(allow_missing)), processes=processes,
-        memory_limit=parse_memory(memory_limit), check_replicas=check_replicas,
-    )  # fmt: skip
+        as_path("«src»", src),
+        as_path("«dst»", dst),
+        source,
+        Strategy.complete(),
+        format="safetensors",
+        file_suffix=file_suffix,
+        edits=(Drop((*filter_out_param_prefix, "accu_grads.")),),
+        shard_size=parse_shard_size(max_shard_size),
+        allowed=Allowed.of(allow_extra, allow_missing),
+        processes=processes,
+        memory_limit=parse_memory(memory_limit),
+        check_replicas=check_replicas,
+    )
     conversion = plan_conversion(request)
     _compare_with_metadata((Path(file.path) for file in conversion.plan.source_files), redundancy_removed)
     report = conversion.carry_out(quiet=quiet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -38,7 +39,8 @@ class Request:
         format: ``ckpt`` or ``safetensors``; None for that of the source.
         shard_size: Write a complete set of safetensors files with indices, of at most so many bytes each; None for rank
             folders.
-        step: The step to take from the rank folders, as ``{epoch}_{step}``, or the end of the files' names.
+        step: The step to take from the rank folders, as ``{epoch}_{step}``.
+        file_suffix: The end of the names of the files to take from the rank folders.
         resume_file: Name of the file to take from the rank folders, where ``resume_training`` picked it.
         engine: ``native`` or ``mindspore``.
         by_rank: Has the mindspore engine convert rank by rank.
@@ -60,6 +62,7 @@ class Request:
     format: Optional[str] = None
     shard_size: Optional[int] = None
     step: Optional[str] = None
+    file_suffix: Optional[str] = None
     resume_file: Optional[str] = None
     engine: str = "native"
     by_rank: bool = False
@@ -78,8 +81,8 @@ class Request:
             object.__setattr__(self, "dst", self.dst.expanduser())
         except RuntimeError as e:
             raise ConfigError(f"{self.dst} is nowhere: {e}; set another output directory («dst»)") from e
-        if not isinstance(self.prefix, str) or not self.prefix or "/" in self.prefix:
-            raise ConfigError(f"«prefix» must be the beginning of a file name, not {self.prefix!r}")
+        if not isinstance(self.prefix, str) or not re.fullmatch(r"[^./\0][^/\0]*", self.prefix):
+            raise ConfigError(f"«prefix» must be the beginning of a file name that is not hidden, not {self.prefix!r}")
         if self.format is not None:
             parse_format(self.format)
         parse_engine(self.engine)
@@ -139,7 +142,7 @@ def as_ranks(value: Optional[Iterable[int]]) -> Optional[tuple[int, ...]]:
 # files' names.
 _WITHOUT_EFFECT = frozenset(
     {
-        "src", "dst", "ranks", "format", "step", "resume_file", "engine", "by_rank", "processes", "memory_limit", "reuse",
-        "check_replicas", "network",
+        "src", "dst", "ranks", "format", "step", "file_suffix", "resume_file", "by_rank", "processes", "memory_limit",
+        "reuse", "check_replicas", "network",
     }
 )  # fmt: skip

@@ -11,14 +11,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from auto_trans.config import Timing
 from auto_trans.conversion import Conversion
 from auto_trans.coordination.barrier import Heartbeat, wait_until
 from auto_trans.coordination.election import LEADER, Assignment
 from auto_trans.coordination.session import Session
-from auto_trans.core.consistency import check_heads, check_network
+from auto_trans.core.consistency import check_heads, check_names, check_network, check_shapes
+from auto_trans.core.edits import apply_edits
+from auto_trans.core.rules import some, sort_parameters
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy, describe_difference, same_slices
 from auto_trans.core.work import assign_writers
@@ -89,21 +91,20 @@ class _Converter:
         shared, session = self._shared, self._session
         request = replace(shared.request, to_strategy=shared.read_target())
         _merge_stages(request.to_strategy, shared.strategy_dir)
-        source, target = request.from_strategy, request.to_strategy
-        checkpoints = find_sources(request.src, source, request.resume_file)
-        for checkpoint in checkpoints:
-            check_heads(source, ScannedFiles(checkpoint))
-        matches = all(_matches(checkpoint, source, target) for checkpoint in checkpoints)
+        checkpoints = find_sources(request.src, request.from_strategy, request.resume_file)
+        sources = [_open(checkpoint, request) for checkpoint in checkpoints]
+        matches = all(_matches(source, request) for source in sources)
         if matches:
-            for checkpoint in checkpoints:
-                _link(checkpoint, request)
+            for source in sources:
+                _link(source, request)
             logger.info("the weights in %s already match the strategy of this job: nothing is converted", request.src)
         session.post("prepared", {"matches": matches, **_choice(request, checkpoints)})
         reports: list[dict[str, Any]] = []
         if not matches:
+            difference = describe_difference(request.from_strategy, request.to_strategy)
             logger.info(
-                "the weights in %s do not match the strategy of this job (%s): converting with rank %s", request.src,
-                describe_difference(source, target), ", ".join(str(a.rank) for a in shared.assignments),
+                "the weights in %s do not match the strategy of this job (%s): converting with rank %s",
+                request.src, difference, ", ".join(str(a.rank) for a in shared.assignments),
             )  # fmt: skip
             self._convert(request, checkpoints)
             with self._heartbeat.idle():
@@ -235,11 +236,49 @@ def _converted(shared: SharedConversion) -> dict[str, int]:
     return {f"converted_rank_{assignment.rank}": assignment.rank for assignment in shared.assignments}
 
 
-def _matches(checkpoint: Checkpoint, source: Strategy, target: Strategy) -> bool:
+class _Opened(NamedTuple):
+    """A checkpoint that rank 0 has chosen, looked at."""
+
+    checkpoint: Checkpoint
+    heads: ScannedFiles
+    source: SlicedSource
+
+
+def _open(checkpoint: Checkpoint, request: Request) -> _Opened:
+    """Looks at all files of a checkpoint; linked or converted, they must make up what the job needs."""
+    heads = ScannedFiles(checkpoint)
+    check_heads(request.from_strategy, heads)
+    source = SlicedSource(request.from_strategy, heads)
+    check_names(source, heads)
+    check_shapes(source, request.allowed)
+    sorting = sort_parameters(source, request.to_strategy, apply_edits((), source.names), request.allowed)
+    for warning in sorting.warnings:
+        logger.warning("%s", warning)
+    if sorting.absent:
+        logger.warning("not in the source, the model keeps its initial values: %s", some(sorting.absent, 5))
+    return _Opened(checkpoint, heads, source)
+
+
+def _matches(opened: _Opened, request: Request) -> bool:
     """Whether every rank can load a source file as it is."""
-    if checkpoint.format.name != "ckpt" or checkpoint.is_sharded or not same_slices(source, target):
+    checkpoint, heads, source = opened
+    if checkpoint.format.name != "ckpt" or checkpoint.is_sharded:
         return False
-    return source.is_complete or all(rank in checkpoint.files for rank in range(target.world_size))
+    if not same_slices(request.from_strategy, request.to_strategy):
+        return False
+    if request.from_strategy.is_complete:
+        return True
+    held = set(source.names)
+    return all(
+        rank in checkpoint.files
+        and all(name in heads.tensors(rank) for name in request.from_strategy.names(stage) if name in held)
+        for stage in range(request.from_strategy.stages)
+        for rank in _ranks_of(request.from_strategy, stage)
+    )
+
+
+def _ranks_of(strategy: Strategy, stage: int) -> range:
+    return range(stage * strategy.stage_devices, (stage + 1) * strategy.stage_devices)
 
 
 def _merge_stages(target: Strategy, strategy_dir: Path) -> None:
@@ -248,11 +287,11 @@ def _merge_stages(target: Strategy, strategy_dir: Path) -> None:
         logger.info("the strategies of %d stages are merged into %s", target.stages, merge_strategies(strategy_dir))
 
 
-def _link(checkpoint: Checkpoint, request: Request) -> None:
+def _link(opened: _Opened, request: Request) -> None:
     """Has the loader find the source as it is, once it is seen to be what the network expects."""
-    source = SlicedSource(request.from_strategy, ScannedFiles(checkpoint))
+    checkpoint, _, source = opened
     if request.network is not None:
-        shapes = ((name, source.tensor(name).shape, source.held_shape(name)) for name in source.names)
+        shapes = ((name, source.tensor(name).shape, [source.held_shape(name)]) for name in source.names)
         check_network(request.network, shapes, request.from_strategy.origin)
     for rank in range(request.to_strategy.world_size):
         link = rank_file(request.dst / checkpoint.name, request.prefix, rank)

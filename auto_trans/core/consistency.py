@@ -7,17 +7,20 @@ What contradicts itself is refused here; for certain only the network tells.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
-from auto_trans.core.rules import kind_of
+from auto_trans.core.rules import NOTHING, Allowed, kind_of
 from auto_trans.core.source import Heads, Source, Stored
-from auto_trans.core.strategy import Strategy, is_optimizer_state
-from auto_trans.core.tensor import Shape
+from auto_trans.core.strategy import Strategy, is_optimizer_state, owner_of
+from auto_trans.core.tensor import FLOAT_TYPES, Shape
 from auto_trans.errors import PlanError
 
-__all__ = ["Network", "check_heads", "check_network", "check_shapes"]
+__all__ = ["Network", "check_heads", "check_names", "check_network", "check_shapes", "shapes_of_slice"]
 
+# the moments of AdamW and Adam; other optimizers keep sums of rows and columns
+_LIKE_THEIR_WEIGHT = ("adam_m.", "adam_v.", "moment1.", "moment2.", "moments.")
 # the matrices of a feed-forward: into it, and back
 _FEED_FORWARD = [
     (f".{up}.weight", f".{down}.weight")
@@ -31,37 +34,54 @@ _VOCABULARY = re.compile(
 _LAYER = re.compile(r".*?(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
 
 
-def check_shapes(source: Source) -> None:
+def check_shapes(source: Source, allowed: Allowed = NOTHING) -> None:
     """Compares the full shapes that the source strategy makes of the slices: do they make up one model?
 
     A strategy of the right names but another slicing multiplies slices by the wrong numbers. Optimizer moments have the
     shape of their weight, a bias has the length of a dimension of its weight, the layers of a model are alike, what a layer
     normalizes has the length of a dimension of one of its matrices, a feed-forward leads back to where it began, and the
     vocabulary is not a multiple of itself. A strategy that passes all that can still be wrong; for certain only the network
-    tells, see `check_network`.
+    tells, see `check_network`. Packed integers have shapes of their own and are passed over, as is what is allowed.
 
     Raises:
         PlanError: They contradict each other.
     """
     strategy = source.strategy
-    names = [name for name in source.names if strategy.lists(name) and name not in strategy.refused]
+    names = [
+        name
+        for name in source.names
+        if strategy.lists(name)
+        and name not in strategy.refused
+        and source.tensor(name).dtype in FLOAT_TYPES
+        and not any(fnmatchcase(name, pattern) for pattern in allowed.extra)
+    ]
     known = set(names)
     first: dict[tuple[str, Shape], str] = {}
     for name in names:
-        weight = name.partition(".")[2] if is_optimizer_state(name) else ""
+        weight = owner_of(name) if name.startswith(_LIKE_THEIR_WEIGHT) else ""
         if weight in known:
             _check_equal(source, name, weight)
         # layers of the same kind whose ranks hold slices of the same shape are of the same shape as a whole
         _check_equal(source, name, first.setdefault((kind_of(name), source.held_shape(name)), name))
-        weight = name[: -len(".bias")] + ".weight" if name.endswith(".bias") else ""
-        if weight in known and not set(source.tensor(name).shape) <= set(source.tensor(weight).shape):
-            raise _contradiction(source, name, weight)
+        _check_bias(source, name, known)
+        _check_feed_forward(source, name, known)
     _check_norms(source, names)
     _check_vocabulary(source, names)
-    for name in names:
-        back = next((name[: -len(up)] + down for up, down in _FEED_FORWARD if name.endswith(up)), "")
-        shape = source.tensor(name).shape
-        if back in known and len(shape) == 2 and shape != source.tensor(back).shape[::-1]:
+
+
+def _check_bias(source: Source, name: str, known: Container[str]) -> None:
+    weight = name[: -len(".bias")] + ".weight" if name.endswith(".bias") else ""
+    if weight in known and not {*source.tensor(name).shape, 1} <= {*source.tensor(weight).shape, 1}:
+        raise _contradiction(source, name, weight)
+
+
+def _check_feed_forward(source: Source, name: str, known: Container[str]) -> None:
+    """Where a feed-forward begins it ends; in between it may be fused with its gate."""
+    back = next((name[: -len(up)] + down for up, down in _FEED_FORWARD if name.endswith(up)), "")
+    into = source.tensor(name).shape
+    if back in known and len(into) == 2:
+        out = source.tensor(back).shape
+        if into[1] != out[0] and into[0] != out[1]:
             raise _contradiction(source, name, back)
 
 
@@ -81,6 +101,23 @@ def _check_norms(source: Source, names: Iterable[str]) -> None:
         lengths = {n for name in matrices[layer] for n in source.tensor(name).shape}
         if not any(source.tensor(name).shape[0] in lengths for name in norms[layer]):
             raise _contradiction(source, norms[layer][0], matrices[layer][0])
+
+
+def check_names(source: Source, heads: Heads) -> None:
+    """Every parameter of every file is one that the source knows.
+
+    Raises:
+        PlanError: What no strategy lists lies with some ranks only.
+    """
+    known = set(source.names)
+    for rank in heads.ranks:
+        for name in heads.tensors(rank):
+            if name not in known and not source.strategy.lists(name):
+                raise PlanError(
+                    f"parameter {name} is in {heads.describe(rank)}, but not in the first file of its stage, and the "
+                    f"strategy {source.strategy.origin} does not list it: the files are of different jobs or steps; copy "
+                    f"those of one («src»)"
+                )
 
 
 def check_heads(strategy: Strategy, heads: Heads) -> None:
@@ -123,40 +160,55 @@ class Network:
 
     Attributes:
         shapes: Parameter -> its shape.
-        sliced: Whether it was compiled for this rank, so that a parameter may have the shape of a slice. Optimizer shard
-            may or may not show in it, and what belongs to other stages keeps its full shape.
+        sliced: Whether it was compiled for this rank, so that a parameter may have the shape of a slice; what belongs to
+            other stages keeps its full shape.
     """
 
     shapes: Mapping[str, Shape]
     sliced: bool = False
 
-    def expects(self, name: str, full: Shape, part: Shape) -> bool:
-        """Whether a parameter of a full shape, of which a rank gets a part, can be loaded."""
+    def expects(self, name: str, full: Shape, parts: Collection[Shape]) -> bool:
+        """Whether a parameter can be loaded.
+
+        Args:
+            name: The parameter.
+            full: Its full shape.
+            parts: The shapes of a rank's slice, after and before optimizer shard.
+        """
         shape = self.shapes.get(name)
-        if shape is None or shape == full:
-            return True
-        between = len(shape) == len(full) and not any(f % s or s % p for f, s, p in zip(full, shape, part) if s and p)
-        return self.sliced and between
+        return shape is None or shape == full or (self.sliced and shape in parts)
 
 
-def check_network(network: Network, tensors: Iterable[tuple[str, Shape, Shape]], origin: str) -> None:
+def check_network(network: Network, tensors: Iterable[tuple[str, Shape, Collection[Shape]]], origin: str) -> None:
     """Compares what a plan makes with the network that will load it.
 
     Args:
         network: The network.
-        tensors: Name, full shape and shape of a slice of every parameter that is made.
+        tensors: Name, full shape and shapes of a slice, after and before optimizer shard, of what is made.
         origin: The source strategy, for the message.
 
     Raises:
         PlanError: The plan makes something else of a parameter.
     """
-    for name, full, part in tensors:
-        if not network.expects(name, full, part):
+    for name, full, parts in tensors:
+        if not network.expects(name, full, parts):
+            sliced = " or ".join(str(list(part)) for part in parts)
             raise PlanError(
                 f"parameter {name} is {list(network.shapes[name])} in the network, but by the source strategy {origin} its "
-                f"slices make up {list(full)} ({list(part)} on a rank): that is not the strategy that the weights were "
-                f"saved under; set «src_strategy» to the one in the output of the job that saved them"
+                f"slices make up {list(full)} ({sliced} on a rank): that is not the strategy that the weights were saved "
+                f"under; set «src_strategy» to the one in the output of the job that saved them"
             )
+
+
+def shapes_of_slice(strategy: Strategy, name: str, full: Shape) -> list[Shape]:
+    """The shapes that a rank's slice of a parameter may have, after and before optimizer shard."""
+    shapes = []
+    for stage in strategy.stages_of(name):
+        layout = strategy.layout(name, stage)
+        if layout is not None:
+            before = tuple(n // count for n, count in zip(full, layout.split(len(full))))
+            shapes += [layout.slice_shape(full), before]
+    return list(dict.fromkeys(shapes)) or [full]
 
 
 def _check_equal(source: Source, name: str, other: str) -> None:
@@ -169,5 +221,6 @@ def _contradiction(source: Source, name: str, other: str) -> PlanError:
     return PlanError(
         f"by the source strategy {source.strategy.origin} parameter {name} is {list(one.shape)} as a whole and {other} "
         f"{list(two.shape)}, which contradict each other: it is not the strategy that the weights were saved under; give "
-        f"the one in the output of the job that saved them («src_strategy»)"
+        f"the one in the output of the job that saved them («src_strategy»), or, if the model really is so, name the "
+        f"parameter with «allow_extra»"
     )

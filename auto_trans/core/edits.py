@@ -11,10 +11,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional, Protocol
 
-from auto_trans.core.strategy import is_optimizer_state
+from auto_trans.core.strategy import Strategy, is_optimizer_state, owner_of
 from auto_trans.errors import PlanError
 
-__all__ = ["AddLora", "Drop", "Edit", "LoraPair", "Product", "Recipe", "apply_edits", "find_pairs", "is_lora"]
+__all__ = [
+    "AddLora",
+    "Drop",
+    "Edit",
+    "KeepFor",
+    "LoraPair",
+    "Product",
+    "Recipe",
+    "apply_edits",
+    "find_pairs",
+    "is_lora",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,26 @@ class Drop:
     def apply(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
         """Drops, see `Edit`."""
         return {name: recipe for name, recipe in recipes.items() if not name.startswith(self.prefixes)}
+
+
+@dataclass(frozen=True)
+class KeepFor:
+    """Leaves out what cannot be judged without a target: uneven layouts, and optimizer state that is not listed.
+
+    Attributes:
+        strategy: The source strategy.
+    """
+
+    strategy: Strategy
+
+    def apply(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+        """Leaves out, see `Edit`."""
+        strategy = self.strategy
+        return {
+            name: recipe
+            for name, recipe in recipes.items()
+            if name not in strategy.refused and (strategy.tells(name) or not owner_of(name, recipes))
+        }
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,7 @@ class _Planner:
         self._recipes = apply_edits(edits, source.names)
         self._sorting = sort_parameters(source, target, self._recipes, allowed)
         self._additions: dict[str, Optional[Addition]] = {}
+        self._untold_factors: list[str] = []  # matrices of products that the source strategy does not list
         self._cells: dict[Layout, list[Shape]] = {}
         self._overlaps: dict[Box, dict[Box, tuple[Shape, Box]]] = {}
 
@@ -117,8 +118,12 @@ class _Planner:
                 if members:
                     files.append(FilePlan(members, tuple(self._tensors(lying, slicings, group[0], places))))
         sorting = self._sorting
-        pairs = (self._source.may_differ(self._recipes[name].source) for name in sorting.carried)
-        replicated = tuple(pair for pair in pairs if pair is not None and pair[0].box.volume > 1)
+        untold = [
+            *(self._recipes[name].source for name in (*sorting.carried, *sorting.taken_whole)),
+            *self._untold_factors,
+        ]
+        pairs = (pair for name in dict.fromkeys(untold) for pair in self._source.may_differ(name))
+        replicated = tuple(pair for pair in pairs if pair[0].box.volume > 1)
         return Plan(
             tuple(files),
             sorting.carried,
@@ -225,13 +230,12 @@ class _Planner:
 
     def _whole(self, name: str) -> TensorPlan:
         """How the whole of a source tensor is put together."""
-        if self._source.strategy.tells(name):
-            tensor = self._source.tensor(name)
-            box = Box.whole(tensor.shape)
-            place = self._place(box)
-            return TensorPlan(tensor, box, tuple(place.copy(shard) for shard in self._source.shards(name, box)))
-        shard = self._source.at(name, 0)
-        return TensorPlan(shard.tensor, shard.box, (Copy(shard, shard.box.offset, shard.box),))
+        if not self._source.strategy.tells(name):
+            self._untold_factors.append(name)
+        tensor = self._source.tensor(name)
+        box = Box.whole(tensor.shape)
+        place = self._place(box)
+        return TensorPlan(tensor, box, tuple(place.copy(shard) for shard in self._source.shards(name, box)))
 
 
 @contextmanager

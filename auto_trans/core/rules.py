@@ -17,13 +17,15 @@ from typing import Any
 
 from auto_trans.core.edits import Recipe
 from auto_trans.core.source import Source
-from auto_trans.core.strategy import Strategy, is_accumulated_gradient, is_optimizer_state
+from auto_trans.core.strategy import Strategy, is_accumulated_gradient, is_optimizer_state, owner_of
 from auto_trans.errors import ConfigTypeError, PlanError
 
 __all__ = ["NOTHING", "Allowed", "Sorting", "kind_of", "some", "sort_parameters"]
 
 # Tables and masks that models hold beside their weights, and that a graph may not use.
 _BUFFER = re.compile(r"(?:^|[._])(?:freqs?|rope|rotary|inv_freq|cos|sin|masks?|position_ids|alibi|cached?)(?=$|[._\d])")
+# What is trained on top of a model, and begins with its initial values.
+_ADDED = re.compile(r"lora|adapter|prefix_|_delta|(?:^|\.)pet[._]", re.IGNORECASE)
 _WEIGHT = re.compile(r"(?:^|[._])(?:weight|bias|gamma|beta|kernel|embedding|table)$")
 # that of a layer or an expert; the 1 of w1 is none
 _NUMBER = re.compile(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])")
@@ -70,6 +72,7 @@ class Sorting:
         carried: No strategy lists them; every rank gets them as they are.
         dropped: Optimizer state that the target, which has no optimizer, does not take.
         absent: The target lists them and the source does not hold them.
+        taken_whole: Of the sliced ones those that the source strategy does not list; every source rank holds them whole.
         warnings: What a user should know, as sentences.
     """
 
@@ -77,6 +80,7 @@ class Sorting:
     carried: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
+    taken_whole: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
 
@@ -103,8 +107,9 @@ class _Sorter:
         self._strategies = [strategy for strategy in (source.strategy, target) if not strategy.is_complete]
         listed = {name for strategy in self._strategies for name in (*strategy.layouts, *strategy.refused)}
         self._listed_kinds = {kind_of(name) for name in listed}
-        # a target without any optimizer state is a job that does not train: dropping the state is what it asks for
-        self._trains = target.is_complete or any(is_optimizer_state(name) for name in target.names())
+        self._known = {*listed, *recipes}
+        self._stated = {owner_of(name) for name in recipes} - {""}
+        self._trained = {owner_of(name, self._known) for name in target.names()} - {""}
 
     def sort(self) -> Sorting:
         if not self._strategies:
@@ -134,17 +139,32 @@ class _Sorter:
         absent = self._absent()
         self._check_carried(carried, absent)
         self._check_absent(absent)
-        return Sorting((*sliced, *lost), tuple(carried), tuple(dropped), absent, tuple(self._warnings(carried)))
+        return Sorting(
+            (*sliced, *lost, *unlisted), tuple(carried), tuple(dropped), absent, tuple(unlisted),
+            tuple(self._warnings([*carried, *unlisted])),
+        )  # fmt: skip
 
     def _is_unwanted(self, name: str) -> bool:
-        return is_accumulated_gradient(name) or (is_optimizer_state(name) and not self._trains)
+        """Whether a parameter is optimizer state that the target does not ask for.
 
-    def _check_unlisted(self, names: Sequence[str]) -> None:
+        A target that lists a weight and no state of it does not train it: it infers, or trains LoRA weights or other layers.
+        """
+        if is_accumulated_gradient(name):
+            return True
+        weight = owner_of(name, self._known)
+        if not weight or self._target.is_complete or weight in self._trained:
+            return False
+        return not self._trained or self._target.lists(weight)
+
+    def _check_unlisted(self, names: Iterable[str]) -> None:
+        names = [
+            name for name in names if not _matches(name, self._allowed.extra) and not self._is_small_or_buffer(name)
+        ]
         if names:
             raise PlanError(
                 f"parameter {some(names)} is in the source and in the target strategy {self._target.origin}, but not in "
                 f"the source strategy {self._source.strategy.origin}; give the strategy that the weights were saved under, "
-                f"of all pipeline stages («src_strategy»)"
+                f"of all pipeline stages («src_strategy»), or, if every rank holds them whole, allow them with «allow_extra»"
             )
 
     def _check_lost(self, names: Sequence[str]) -> None:
@@ -184,14 +204,18 @@ class _Sorter:
 
     def _is_weight(self, name: str) -> bool:
         """Whether a parameter that no strategy lists is a weight, or the optimizer state of one."""
-        if kind_of(name) in self._listed_kinds or is_optimizer_state(name):
+        if kind_of(name) in self._listed_kinds or owner_of(name, self._known):
             return True
         if not self._is_array(name):
             return False
-        if name.partition(".")[2] in self._recipes or any(f"{state}.{name}" in self._recipes for state in _STATES):
+        if name in self._stated:
             return True
         is_matrix = len(self._source.tensor(self._recipes[name].source).shape) > 1
         return bool(_WEIGHT.search(name)) or (is_matrix and not _BUFFER.search(name))
+
+    def _is_small_or_buffer(self, name: str) -> bool:
+        is_buffer = bool(_BUFFER.search(name)) and not _WEIGHT.search(name) and name not in self._stated
+        return is_buffer or not self._is_array(name)
 
     def _is_array(self, name: str) -> bool:
         """Whether a parameter has more than one element."""
@@ -206,19 +230,17 @@ class _Sorter:
             names = (name for name in names if not is_optimizer_state(name))  # saved without optimizer
         return tuple(sorted(name for name in names if name not in held and not is_accumulated_gradient(name)))
 
-    def _check_absent(self, names: Sequence[str]) -> None:
+    def _check_absent(self, names: Iterable[str]) -> None:
         held = {kind_of(name) for name in self._source.names}
-        wrong = [
-            name
-            for name in names
-            if not is_optimizer_state(name) and kind_of(name) in held and not _matches(name, self._allowed.missing)
-        ]
+        lacking = [n for n in names if not owner_of(n, self._known) and not _matches(n, self._allowed.missing)]
+        # what is merged may have been saved in part, of all layers alike; what a job lists it needs, unless it is added
+        wrong = [n for n in lacking if kind_of(n) in held or not (self._target.is_complete or _ADDED.search(n))]
         if wrong:
+            beside = ", though it holds the same parameter of other layers" if kind_of(wrong[0]) in held else ""
             raise PlanError(
-                f"the source lacks parameter {_weights_first(wrong)}, though it holds the same parameter of other layers: a "
-                f"part of the checkpoint is missing, or {self._origins()} is of a deeper model; copy the rank folders and "
-                f"strategy files of all pipeline stages to the source, or, if the model shall keep its initial values "
-                f"there, allow it with «allow_missing»"
+                f"the source lacks parameter {_weights_first(wrong)}{beside}: a part of the checkpoint is missing, or "
+                f"{self._origins()} is of another model; copy the rank folders and strategy files of all pipeline stages to "
+                f"the source, or, if the model shall keep its initial values there, allow it with «allow_missing»"
             )
 
     def _warnings(self, carried: Iterable[str]) -> Iterable[str]:
@@ -238,10 +260,6 @@ class _Sorter:
 
     def _origins(self) -> str:
         return " or ".join(dict.fromkeys(strategy.origin for strategy in self._strategies))
-
-
-# with these before its name a parameter is the optimizer state of another
-_STATES = ("adam_m", "adam_v", "moment1", "moment2", "moments", "accum", "stat")
 
 
 def some(names: Iterable[str], count: int = 3) -> str:

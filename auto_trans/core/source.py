@@ -101,11 +101,8 @@ class Source(Protocol):
     def where(self, name: str) -> str:
         """A file that holds a parameter, for messages."""
 
-    def may_differ(self, name: str) -> Optional[tuple[Shard, Shard]]:
-        """What two ranks hold of a parameter that no strategy lists; if they differ, it is sliced after all.
-
-        None where there is but one.
-        """
+    def may_differ(self, name: str) -> Sequence[tuple[Shard, Shard]]:
+        """Pairs of what ranks hold of a parameter that no strategy lists; if they differ, it is sliced after all."""
 
 
 class _Part(NamedTuple):
@@ -165,9 +162,7 @@ class SlicedSource:
     def tensor(self, name: str) -> Tensor:
         """A full tensor, see `Source`."""
         if name not in self._tensors:
-            stored = self._stored(name)
-            grid = self._grid(name)
-            self._tensors[name] = _as_tensor(name, stored, grid.full_shape if grid else stored.shape)
+            self._tensors[name] = _as_tensor(name, self._stored(name), self._grid(name).full_shape)
         return self._tensors[name]
 
     def held_shape(self, name: str) -> Shape:
@@ -190,16 +185,19 @@ class SlicedSource:
         """A file that holds a parameter, see `Source`."""
         return self._heads.file(self._holders[name], name).path
 
-    def may_differ(self, name: str) -> Optional[tuple[Shard, Shard]]:
-        """What two ranks hold, see `Source`.
+    def may_differ(self, name: str) -> Sequence[tuple[Shard, Shard]]:
+        """Pairs of what ranks hold, see `Source`.
 
         The first and the last rank of a stage differ in every axis of the device matrix, so their slices of a tensor
-        that is sliced at all are different ones.
+        that is sliced at all are different ones. Where one of them is not there, all that are there are compared.
         """
-        first, devices = self._holders[name], self.strategy.stage_devices
-        members = (rank for rank in reversed(self._heads.ranks) if rank // devices == first // devices)
-        last = next(rank for rank in members if name in self._heads.tensors(rank))
-        return None if first == last else (self._whole(name, first), self._whole(name, last))
+        holder, devices = self._holders[name], self.strategy.stage_devices
+        stage = range(holder // devices * devices, (holder // devices + 1) * devices)
+        members = [rank for rank in stage if rank in self._there and name in self._heads.tensors(rank)]
+        first, *others = members
+        if (first, members[-1]) == (stage[0], stage[-1]):
+            others = others[-1:]
+        return [(self._whole(name, first), self._whole(name, other)) for other in others]
 
     def copies(self) -> Iterator[tuple[Shard, Shard]]:
         """Every slice that several ranks hold: the lowest of them with each of the others."""
@@ -223,14 +221,12 @@ class SlicedSource:
         tensor = _as_tensor(name, stored, stored.shape)
         return Shard(tensor, Box.whole(tensor.shape), self._heads.file(rank, name), stored.segments)
 
-    def _grid(self, name: str) -> Optional[_Grid]:
-        """The slices of a parameter; None where the strategy does not tell."""
+    def _grid(self, name: str) -> _Grid:
+        """The slices of a parameter; one where the strategy does not tell."""
         stored = self._stored(name)
         try:
             layout = self.strategy.layout(name, self._stage(name))
-            if layout is None:
-                return None
-            key = layout, stored.shape
+            key = layout or Layout.whole(self.strategy.stage_devices), stored.shape
             if key not in self._grids:
                 self._grids[key] = _Grid(*key)
         except LayoutError as e:

@@ -6,7 +6,7 @@ Pure: the files are read in `auto_trans.storage.strategies`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Optional
 
@@ -15,15 +15,40 @@ import xxhash
 from auto_trans.core.layout import Layout
 from auto_trans.errors import LayoutError
 
-__all__ = ["Strategy", "describe_difference", "is_accumulated_gradient", "is_optimizer_state", "same_slices"]
+__all__ = [
+    "Strategy",
+    "describe_difference",
+    "is_accumulated_gradient",
+    "is_optimizer_state",
+    "owner_of",
+    "same_slices",
+]
 
-# MindFormers' AdamW and nn.Adam name their moments so; accu_grads are the accumulated gradients of pipeline jobs.
-_OPTIMIZER_STATE = re.compile(r"^(adam_m|adam_v|moment1|moment2|moments|accu_grads|accum|stat)\.")
+# So the optimizers of MindFormers (AdamW, FusedAdamW, CAME, PMA) and MindSpore name the state of a weight; accu_grads are
+# the accumulated gradients of pipeline jobs.
+_OPTIMIZER_STATE = re.compile(
+    r"^(?:(?:adam_m|adam_v|moment1|moment2|moments|accu_grads|accum|stat|muon_m|momentum|velocity)\."
+    r"|(?:max_)?exp_avg(?:_sq|_insta)?(?:_row|_col)?[._]|pma_weight_)"
+)
 
 
 def is_optimizer_state(name: str) -> bool:
     """Whether a parameter belongs to the optimizer and not to the model."""
     return bool(_OPTIMIZER_STATE.match(name))
+
+
+def owner_of(name: str, known: Container[str] = ()) -> str:
+    """The weight that an optimizer state belongs to; empty for what is none.
+
+    Args:
+        name: The parameter.
+        known: The weights of the model: what ends with the name of one of them after a dot is its state, whatever the
+            optimizer.
+    """
+    match, rest = _OPTIMIZER_STATE.match(name), name.partition(".")[2]
+    if match:
+        return name[match.end() :]
+    return rest if rest and rest in known else ""
 
 
 def is_accumulated_gradient(name: str) -> bool:
@@ -121,7 +146,7 @@ def same_slices(source: Strategy, target: Strategy) -> bool:
         return False
     if any(name not in common and not is_optimizer_state(name) for name in source.layouts):
         return False
-    if any(name in source.refused or name in target.refused for name in common):
+    if dict(source.refused) != dict(target.refused):  # the reasons tell how these are sliced
         return False
     return all(source.stages_of(n) == target.stages_of(n) for n in common) and all(
         _same_layout(source.layouts[n][stage], target.layouts[n][stage]) for n in common for stage in source.layouts[n]

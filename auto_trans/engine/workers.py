@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -24,7 +25,7 @@ from auto_trans.storage.manifest import FileRecord
 
 __all__ = ["WorkerEngine"]
 
-_JOIN_SECONDS = 5.0
+_JOIN_SECONDS = 1.5
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class WorkerEngine:
         try:
             return _gather(workers, progress)
         finally:
-            for worker in workers:
-                worker.stop()
+            _stop(workers)
 
 
 class _Worker:
@@ -95,13 +95,18 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def stop(self) -> None:
-        """Ends it, if it has not ended; it removes what it has half written."""
-        self.process.terminate()
-        self.process.join(_JOIN_SECONDS)
-        self.process.kill()
-        self.process.join()
-        self.connection.close()
+
+def _stop(workers: Iterable[_Worker]) -> None:
+    """Ends all workers that have not ended, together; they remove what they have half written."""
+    for worker in workers:
+        worker.process.terminate()
+    deadline = time.monotonic() + _JOIN_SECONDS
+    for worker in workers:
+        worker.process.join(max(deadline - time.monotonic(), 0))
+        worker.process.kill()
+    for worker in workers:
+        worker.process.join()
+        worker.connection.close()
 
 
 def _gather(workers: Iterable[_Worker], progress: Progress) -> list[FileRecord]:

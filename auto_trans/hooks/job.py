@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from auto_trans.config import YAML_KEYS, Timing
 from auto_trans.coordination.lock import OutputLock
@@ -32,10 +32,9 @@ class Running:
     network: Optional[Network] = None
 
 
-# MindFormers calls what it imported from us deep inside of what we wrap: these carry from the outer call to the inner one
-# what it does not pass on, and the lock from the start of the job to the end of its load.
+# MindFormers calls what it imported from us deep inside of what we wrap: this carries from the outer call to the inner one
+# what it does not pass on.
 _RUNNING: ContextVar[Optional[Running]] = ContextVar("auto_trans_running", default=None)
-_LOCK: ContextVar[Optional[OutputLock]] = ContextVar("auto_trans_lock", default=None)
 
 
 class Job:
@@ -46,6 +45,9 @@ class Job:
         world_size: Number of ranks.
         output: The output directory, shared by all ranks.
     """
+
+    # A process is part of one job, and holds its output from its start to the end of its load, whichever thread does what.
+    _held: ClassVar[Optional[OutputLock]] = None
 
     def __init__(self, rank: int, world_size: int, output: Path) -> None:
         self.rank, self.world_size, self.output = rank, world_size, output
@@ -116,17 +118,16 @@ class Job:
 
     def release(self) -> None:
         """Lets other jobs into the output directory."""
-        lock = _LOCK.get()
-        if lock is not None:
-            lock.release()
-            _LOCK.set(None)
+        if Job._held is not None:
+            Job._held.release()
+            Job._held = None
 
     def _lock(self, timing: Timing) -> None:
         """Takes the output directory, unless this job has it."""
-        if _LOCK.get() is None:
+        if Job._held is None:
             lock = OutputLock(self.output / ".auto_trans" / "output.lock", timing.lock_timeout)
             lock.acquire()
-            _LOCK.set(lock)
+            Job._held = lock
 
 
 @contextlib.contextmanager

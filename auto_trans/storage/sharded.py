@@ -13,7 +13,7 @@ from auto_trans.log import logger
 from auto_trans.storage.formats.head import FileHead
 from auto_trans.storage.targets import HYPER_PARAMETERS
 
-__all__ = ["check_against_index", "find_shards", "is_index", "is_lone_shard"]
+__all__ = ["check_against_index", "find_shards", "is_index", "is_lone_shard", "is_one_of_several"]
 
 _SHARD = re.compile(r"-([0-9]+)-of-([0-9]+)\.safetensors$")
 _INDEX_ENDING, _MINDSPORE_INDEX = ".safetensors.index.json", "param_name_map.json"
@@ -28,6 +28,17 @@ def is_lone_shard(file: Path) -> bool:
 def is_index(file: Path) -> bool:
     """Whether a file is, by its name, the index of shards."""
     return not file.name.startswith(".") and (file.name.endswith(_INDEX_ENDING) or file.name == _MINDSPORE_INDEX)
+
+
+def is_one_of_several(file: Path) -> bool:
+    """Whether a file is, by its name or by the index beside it, one of several shards."""
+    if is_lone_shard(file):
+        return True
+    try:
+        named = set((_read_indices(file.parent) or {}).values())
+    except CorruptCheckpointError:  # of an index that nobody asked for
+        return False
+    return file.name in named and len(named) > 1
 
 
 def find_shards(folder: Path, files: Sequence[Path]) -> Optional[list[Path]]:

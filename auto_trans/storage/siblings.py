@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
 
+from auto_trans.core.rules import kind_of
 from auto_trans.core.strategy import is_optimizer_state
 from auto_trans.errors import CheckpointError, ConfigError
 from auto_trans.storage.formats import FORMATS, scan
@@ -18,8 +19,8 @@ __all__ = ["check_not_a_slice"]
 
 _RANK_FOLDER = re.compile(r"^rank_(\d+)$")
 _RANK_IN_NAME = re.compile(r"_rank_\d+")
-# slices of a weight differ from their first bytes on; so much of so many weights is looked at
-_SAMPLE_BYTES, _SAMPLES = 64 * 1024, 16
+# slices of a weight differ from their first bytes on
+_SAMPLE_BYTES = 4 * 1024
 
 
 def check_not_a_slice(file: Path) -> None:
@@ -43,7 +44,8 @@ def check_not_a_slice(file: Path) -> None:
     if differing is not None:
         raise ConfigError(
             f"{file} is given as complete weights, but is one rank's slice: parameter {differing} differs from that in "
-            f"{sibling}; give the folder above rank_0 («src») and the strategy that it was saved under («src_strategy»)"
+            f"{sibling}; give the folder above rank_0 («src») and the strategy that it was saved under («src_strategy»), "
+            f"or, if it really is complete, a folder of its own"
         )
 
 
@@ -66,11 +68,13 @@ def _find_sibling(file: Path) -> Optional[Path]:
 
 def _differing(one: FileHead, other: FileHead) -> Optional[str]:
     """A weight that two files hold differently."""
-    for name in dict.fromkeys((*_weights(one), *_weights(other))):
+    names, others = _weights(one), _weights(other)
+    if not {kind_of(name) for name in names} & {kind_of(name) for name in others}:
+        return None  # of another model
+    for name in dict.fromkeys((*names, *others)):
         a, b = one.tensors.get(name), other.tensors.get(name)
         if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
             return name
-    names = _weights(one)[:_SAMPLES]
     samples = zip(names, _beginnings(one, names), _beginnings(other, names))
     return next((name for name, a, b in samples if a != b), None)
 

@@ -22,9 +22,9 @@ from auto_trans.errors import (
 from auto_trans.log import logger
 from auto_trans.storage.formats import FORMATS, Format, format_of, scan
 from auto_trans.storage.formats.head import FileHead, StoredTensor
-from auto_trans.storage.sharded import check_against_index, find_shards, is_index, is_lone_shard
+from auto_trans.storage.sharded import check_against_index, find_shards, is_index, is_lone_shard, is_one_of_several
 from auto_trans.storage.siblings import check_not_a_slice
-from auto_trans.storage.steps import check_names, choose_latest, choose_resumed, choose_step
+from auto_trans.storage.steps import check_names, choose_latest, choose_resumed, choose_step, choose_suffix
 from auto_trans.storage.strategies import read_strategy
 
 __all__ = ["Checkpoint", "PathLike", "ScannedFiles", "StrategyLike", "as_strategy", "find_checkpoints", "find_sources"]
@@ -134,14 +134,18 @@ class ScannedFiles:
 
 
 def find_sources(
-    src: PathLike, strategy: Strategy, resume_file: Optional[str] = None, step: Optional[str] = None
+    src: PathLike,
+    strategy: Strategy,
+    resume_file: Optional[str] = None,
+    step: Optional[str] = None,
+    suffix: Optional[str] = None,
 ) -> list[Checkpoint]:
     """Finds the source checkpoints and checks that strategy and files go together.
 
     Raises:
         ConfigError: A strategy is given for a complete checkpoint, or none for a distributed one or a slice of it.
     """
-    found = find_checkpoints(Path(src), resume_file, step)
+    found = find_checkpoints(Path(src), resume_file, step, suffix)
     for checkpoint in found:
         if strategy.is_complete and len(checkpoint.files) > 1:
             raise ConfigError(
@@ -161,7 +165,9 @@ def find_sources(
     return found
 
 
-def find_checkpoints(path: PathLike, resume_file: Optional[str] = None, step: Optional[str] = None) -> list[Checkpoint]:
+def find_checkpoints(
+    path: PathLike, resume_file: Optional[str] = None, step: Optional[str] = None, suffix: Optional[str] = None
+) -> list[Checkpoint]:
     """Finds the checkpoints at a path.
 
     Args:
@@ -170,6 +176,7 @@ def find_checkpoints(path: PathLike, resume_file: Optional[str] = None, step: Op
         resume_file: Name of the file to take from the rank folders, e.g. where ``resume_training`` picked a step; its
             ``_rank_N`` part is that of any rank. By default the latest step that all ranks have.
         step: The step to take from the rank folders, as ``{epoch}_{step}``.
+        suffix: The end of the names of the files to take from the rank folders.
 
     Returns:
         The checkpoints; several only for a folder of complete files.
@@ -190,7 +197,7 @@ def find_checkpoints(path: PathLike, resume_file: Optional[str] = None, step: Op
         if folders:
             if files:
                 logger.warning("%s holds rank folders and complete files; the rank folders are used", path)
-            by_rank = {rank: (file,) for rank, file in _choose(folders, resume_file, step).items()}
+            by_rank = {rank: (file,) for rank, file in _choose(folders, resume_file, step, suffix).items()}
             return [Checkpoint(path.resolve().name, path, by_rank, distributed=True)]
         return _find_complete(path, files)
 
@@ -211,7 +218,7 @@ def _find_file(path: Path) -> Checkpoint:
         raise UnsupportedCheckpointError(
             f"checkpoint {path} does not end with {' or '.join(_SUFFIXES)}; give such a file, or a folder («src»)"
         )
-    if is_lone_shard(path):
+    if is_one_of_several(path):
         raise UnsupportedCheckpointError(
             f"{path} is one of several shards of a checkpoint; give the folder with all of them and their index («src»)"
         )
@@ -254,7 +261,9 @@ def _rank_folders(path: Path) -> dict[int, Path]:
     return dict(sorted(folders.items()))
 
 
-def _choose(folders: Mapping[int, Path], resume_file: Optional[str], step: Optional[str]) -> dict[int, Path]:
+def _choose(
+    folders: Mapping[int, Path], resume_file: Optional[str], step: Optional[str], suffix: Optional[str]
+) -> dict[int, Path]:
     """The file of every rank: the same step of all of them."""
     candidates: Mapping[int, Sequence[Path]] = {rank: _checkpoint_files(folder) for rank, folder in folders.items()}
     for rank, files in candidates.items():
@@ -271,6 +280,8 @@ def _choose(folders: Mapping[int, Path], resume_file: Optional[str], step: Optio
             )
     if step is not None:
         candidates = choose_step(candidates, step)
+    if suffix is not None:
+        candidates = choose_suffix(candidates, suffix)
     check_names(candidates)
     formats = {file.suffix: file for files in candidates.values() for file in files}
     if len(formats) > 1:

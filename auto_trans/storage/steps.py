@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
-from auto_trans.errors import CheckpointError, CheckpointNotFoundError
+from auto_trans.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from auto_trans.log import logger
 
-__all__ = ["check_names", "choose_latest", "choose_resumed", "choose_step"]
+__all__ = ["check_names", "choose_latest", "choose_resumed", "choose_step", "choose_suffix"]
 
 _RANK_IN_NAME = re.compile(r"_rank_\d+")
 _STEP = re.compile(r"(?:_rank_\d+_(?P<task>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)\.\w+$")
@@ -58,20 +58,34 @@ def check_names(candidates: Candidates) -> None:
 
 
 def choose_step(candidates: Candidates, step: str) -> dict[int, list[Path]]:
-    """The files of a step, given as ``{epoch}_{step}``, or those whose names end so if it is none.
+    """The files of a step, given as ``{epoch}_{step}``.
+
+    Raises:
+        CheckpointNotFoundError: A rank has none.
+        ConfigError: It is no step.
+    """
+    if not re.fullmatch(r"\d+_\d+", step):
+        raise ConfigError(f"«step» must be an epoch and a step such as 3_200, not {step!r}")
+    return _choose(candidates, lambda file: str(_step_of(file)) == step, f"step {step} («step»)")
+
+
+def choose_suffix(candidates: Candidates, suffix: str) -> dict[int, list[Path]]:
+    """The files whose names end so; if it looks like a step, those of that step.
 
     Raises:
         CheckpointNotFoundError: A rank has none.
     """
-    chosen = {}
+    if re.fullmatch(r"\d+_\d+", suffix):
+        return _choose(candidates, lambda file: str(_step_of(file)) == suffix, f"step {suffix} («file_suffix»)")
+    return _choose(candidates, lambda file: file.stem.endswith(suffix), f"ending {suffix} («file_suffix»)")
+
+
+def _choose(candidates: Candidates, is_meant: Callable[[Path], bool], what: str) -> dict[int, list[Path]]:
+    chosen = {rank: [file for file in files if is_meant(file)] for rank, files in candidates.items()}
     for rank, files in candidates.items():
-        if re.fullmatch(r"\d+_\d+", step):
-            chosen[rank] = [file for file in files if (found := _step_of(file)) and str(found) == step]
-        else:
-            chosen[rank] = [file for file in files if file.stem.endswith(step)]
         if not chosen[rank]:
             raise CheckpointNotFoundError(
-                f"{files[0].parent} holds no file of step {step}; there are {', '.join(f.name for f in files)} («step»)"
+                f"{files[0].parent} holds no file of {what}; there are {', '.join(f.name for f in files)}"
             )
     return chosen
 

@@ -93,7 +93,10 @@ def _writer(match: re.Match[str]) -> Optional[Process]:
 
 
 def _is_abandoned(file: Path, writer: Optional[Process]) -> bool:
-    gone = writer.is_dead() if writer else time.time() - file.stat().st_mtime > SILENT_SECONDS
+    stat = file.stat()
+    # a link to an older file is as old as that, but its state changed when it was made
+    silent = time.time() - max(stat.st_mtime, stat.st_ctime)
+    gone = writer.is_dead() if writer else silent > SILENT_SECONDS
     return gone and _is_unlocked(file)
 
 

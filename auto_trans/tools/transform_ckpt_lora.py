@@ -61,13 +61,22 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def _merge(arguments: argparse.Namespace) -> Path:
     remerge_strategies(arguments.src_ckpt_strategy)
-    if arguments.lora_scaling is None:
+    scaling = arguments.lora_scaling
+    if scaling is None:
+        scaling = 1.0
         logger.warning("--lora_scaling is not given; 1 is used, which is right only where lora_alpha equals lora_rank")
     report = merge_lora(
-        arguments.src_ckpt_path_or_dir, arguments.dst_ckpt_dir, arguments.src_ckpt_strategy, arguments.dst_ckpt_strategy,
-        scaling=arguments.lora_scaling or 1.0, prefix=arguments.prefix, format=arguments.save_format,
-        allow_extra=tuple(arguments.allow_extra), allow_missing=tuple(arguments.allow_missing), quiet=False,
-    )  # fmt: skip
+        arguments.src_ckpt_path_or_dir,
+        arguments.dst_ckpt_dir,
+        arguments.src_ckpt_strategy,
+        arguments.dst_ckpt_strategy,
+        scaling=scaling,
+        prefix=arguments.prefix,
+        format=arguments.save_format,
+        allow_extra=tuple(arguments.allow_extra),
+        allow_missing=tuple(arguments.allow_missing),
+        quiet=False,
+    )
     single = len(report.files) == 1
     return Path(arguments.dst_ckpt_dir).absolute() / (report.files[0].file if single else "")
 

@@ -110,7 +110,7 @@ def test_stages_may_slice_a_tied_weight_differently():
 )
 def test_network_may_hold_the_whole_or_what_it_was_compiled_for(shape, sliced, content):
     network = Network({"w": shape}, sliced=sliced)
-    planned = [("w", (8, 2), (2, 2)), ("unknown to the network", (4,), (4,))]
+    planned = [("w", (8, 2), [(2, 2), (4, 2)]), ("unknown to the network", (4,), [(4,)])]
     if content:
         check_network(network, planned, "src")
         return

@@ -93,7 +93,7 @@ def test_buffer_whose_siblings_are_listed_is_none():
 
 
 def test_the_number_of_a_matrix_is_not_the_number_of_a_layer():
-    held = {**layers(0), "model.layers.0.w2.cos": np.zeros(4)}
+    held = {**layers(0), "model.layers.0.w1.cos": np.zeros(4), "model.layers.0.w2.cos": np.zeros(4)}
     plan = plan_complete(held, [*layers(0), "model.layers.0.w1.cos"])
     assert plan.carried == ("model.layers.0.w2.cos",)
 

@@ -154,8 +154,9 @@ class _Layouts(NamedTuple):
         dev_matrices, entries, split_shapes, offsets = (self.repeated[number] for number in (1, 2, 3, 4))
         if self.single[5] or any(split_shapes) or any(offsets):
             raise LayoutError(
-                "it is sliced unevenly (param_split_shape, indices_offset or field is set), which is not supported; save "
-                "the weights with an even slicing of this parameter"
+                f"it is sliced unevenly (dev_matrix {dev_matrices}, tensor_map {entries}, param_split_shape {split_shapes}, "
+                f"indices_offset {offsets}, field {self.single[5]}), which is not supported; save the weights with an even "
+                f"slicing of this parameter"
             )
         if len(dev_matrices) != 1:
             raise LayoutError(f"it has {len(dev_matrices)} device matrices instead of one")
