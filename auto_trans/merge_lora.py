@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Optional, Union
 
@@ -27,17 +29,19 @@ def parse_scaling(value: Union[str, float]) -> float:
     """A scaling as a number, or as ``alpha/rank``, e.g. ``16/8``.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither, or 0, which would merge nothing.
     """
     match = re.fullmatch(r"\s*([-+.\deE]+)\s*(?:/\s*([-+.\deE]+)\s*)?", str(value))
     try:
         if match is None:
             raise ValueError
         scaling = float(match[1]) / float(match[2] or 1)
-        if not math.isfinite(scaling):
+        if not math.isfinite(scaling) or not scaling:
             raise ValueError
     except (ValueError, ZeroDivisionError):
-        raise ConfigError(f"«scaling» must be a number or alpha/rank such as 16/8, not {value!r}") from None
+        raise ConfigError(
+            f"«scaling» must be a number other than 0, or alpha/rank such as 16/8, not {value!r}"
+        ) from None
     return scaling
 
 
@@ -49,6 +53,8 @@ def merge_lora(
     *,
     scaling: Union[str, float],
     prefix: str = "checkpoint_",
+    ranks: Optional[Iterable[int]] = None,
+    step: Optional[str] = None,
     format: Optional[str] = None,
     processes: int = 1,
     memory_limit: Union[int, str, None] = None,
@@ -66,6 +72,8 @@ def merge_lora(
         dst_strategy: Strategy of the target; None for one complete file.
         scaling: lora_alpha / lora_rank, as a number or as ``alpha/rank``.
         prefix: Beginning of the target files' names.
+        ranks: The target ranks to convert; all by default.
+        step: The step to take from the rank folders, as ``{epoch}_{step}``; the latest by default.
         format: ``ckpt`` or ``safetensors``; that of the source by default.
         processes: Worker processes on this machine.
         memory_limit: Memory for the parts that are merged, in bytes or e.g. ``"512MiB"``; 64 MiB by default.
@@ -82,7 +90,10 @@ def merge_lora(
     """
     request = Request(
         Path(src), Path(dst), as_strategy(src_strategy), as_strategy(dst_strategy), edits=(AddLora(parse_scaling(scaling)),),
+        ranks=None if ranks is None else tuple(ranks), step=step,
         allowed=Allowed(tuple(allow_extra), tuple(allow_missing)), prefix=prefix, format=format, processes=processes,
         memory_limit=parse_memory(memory_limit),
     )  # fmt: skip
-    return plan_conversion(request).carry_out(quiet=quiet)
+    conversion = plan_conversion(request)
+    merged = {tensor.name for file in conversion.files for tensor in file.tensors if tensor.added is not None}
+    return replace(conversion.carry_out(quiet=quiet), with_lora=tuple(sorted(merged)))
