@@ -36,12 +36,14 @@ def parse_scaling(value: Union[str, float]) -> float:
         if match is None:
             raise ValueError
         scaling = float(match[1]) / float(match[2] or 1)
-        if not math.isfinite(scaling) or not scaling:
+        if not math.isfinite(scaling):
             raise ValueError
     except (ValueError, ZeroDivisionError):
         raise ConfigError(
-            f"«scaling» must be a number other than 0, or alpha/rank such as 16/8, not {value!r}"
+            f"«scaling» must be a number or alpha/rank such as 16/8, not {value!r}"
         ) from None
+    if not scaling:
+        raise ConfigError("«scaling» must not be 0: nothing would be merged; give lora_alpha/lora_rank")
     return scaling
 
 
