@@ -39,9 +39,7 @@ def parse_scaling(value: Union[str, float]) -> float:
         if not math.isfinite(scaling):
             raise ValueError
     except (ValueError, ZeroDivisionError):
-        raise ConfigError(
-            f"«scaling» must be a number or alpha/rank such as 16/8, not {value!r}"
-        ) from None
+        raise ConfigError(f"«scaling» must be a number or alpha/rank such as 16/8, not {value!r}") from None
     if not scaling:
         raise ConfigError("«scaling» must not be 0: nothing would be merged; give lora_alpha/lora_rank")
     return scaling
