@@ -53,8 +53,18 @@ YAML_KEYS = {
     "memory_limit": "auto_trans: {memory_limit: ...}",
     "step": "resume_training",
     "ranks": "transform_process_num",
+    "processes": "transform_process_num",
+    # what no job has, but the commands
+    "prefix": "auto-trans convert --prefix",
+    "format": "auto-trans convert --format",
+    "scaling": "auto-trans merge-lora --scaling",
+    "max_shard_size": "auto-trans merge-safetensors --max-shard-size",
+    "against": "auto-trans verify --against",
 }
 ENGINES = ("native", "mindspore")
+_TIMEOUTS = ("join_timeout", "heartbeat_timeout", "stall_timeout")
+# the settings of the YAML mapping ``auto_trans:``
+_OWN = ("engine", "memory_limit", *_TIMEOUTS, "allow_extra", "allow_missing")
 DEFAULT_MEMORY = 64 * 1024 * 1024
 _LEAST_MEMORY = 1024 * 1024
 
@@ -141,24 +151,25 @@ class AutoTransConfig:
         def setting(name: str, default: Any) -> Any:
             return environ.get(f"AUTO_TRANS_{name.upper()}", own.get(name, default))
 
+        unknown = [str(name) for name in own if name not in _OWN]
+        if unknown:
+            raise ConfigError(f"auto_trans has no setting {', '.join(unknown)}; it has {', '.join(_OWN)}")
         if not isinstance(load_checkpoint, (str, os.PathLike)) or not str(load_checkpoint):
             raise ConfigTypeError(f"load_checkpoint must be the path of the weights to load, not {load_checkpoint!r}")
         strategy = settings.get("src_strategy_path_or_dir")
         if strategy is not None and not isinstance(strategy, (str, os.PathLike)):
             raise ConfigTypeError(f"src_strategy_path_or_dir must be a path, not {strategy!r}")
+        npus = settings.get("npu_num_per_node")
+        if npus is None:
+            npus = environ.get("DEVICE_NUM_PER_NODE") or None
         resume = settings.get("resume_training")
-        timing = Timing(
-            **{
-                name: _seconds(name, setting(name, getattr(Timing, name)))
-                for name in ("join_timeout", "heartbeat_timeout", "stall_timeout")
-            }
-        )
+        timing = Timing(**{name: _seconds(name, setting(name, getattr(Timing, name))) for name in _TIMEOUTS})
         return cls(
             load_checkpoint=str(load_checkpoint),
             src_strategy=str(strategy) if strategy and strategy != "None" else None,
             transform_process_num=parse_process_num(settings.get("transform_process_num")),
             transform_by_rank=parse_boolean("transform_by_rank", settings.get("transform_by_rank")),
-            npu_num_per_node=parse_npu_num(settings.get("npu_num_per_node") or environ.get("DEVICE_NUM_PER_NODE")),
+            npu_num_per_node=parse_npu_num(npus),
             resume_file=resume if isinstance(resume, str) and os.path.isdir(load_checkpoint) else None,
             engine=parse_engine(setting("engine", "native")),
             memory_limit=parse_memory(setting("memory_limit", None)),
@@ -182,7 +193,9 @@ def parse_process_num(value: Any) -> int:
 def parse_npu_num(value: Any) -> int:
     """``npu_num_per_node``; None is its default."""
     try:
-        number = 8 if value is None or isinstance(value, bool) else int(value)
+        if isinstance(value, bool):
+            raise TypeError
+        number = 8 if value is None else int(value)
     except (TypeError, ValueError):
         raise ConfigTypeError(f"npu_num_per_node must be a power of 2, not {value!r}") from None
     if number < 1 or number & (number - 1):
@@ -193,7 +206,7 @@ def parse_npu_num(value: Any) -> int:
 def parse_engine(value: Any) -> str:
     """The engine's name."""
     if value not in ENGINES:
-        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, not {value!r}")
+        raise ConfigError(f"«engine» must be one of {', '.join(ENGINES)}, not {value!r}")
     return str(value)
 
 
@@ -201,9 +214,9 @@ def parse_memory(value: Union[int, str, None]) -> int:
     """Bytes of a memory limit; None is the default."""
     if value is None:
         return DEFAULT_MEMORY
-    number = parse_bytes(value, "memory_limit")
+    number = parse_bytes(value, "«memory_limit»")
     if number < _LEAST_MEMORY:
-        raise ConfigError(f"memory_limit must be at least 1MiB, not {value!r}")
+        raise ConfigError(f"«memory_limit» must be at least 1MiB, not {value!r}")
     return number
 
 
@@ -220,7 +233,7 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     """Patterns of parameter names."""
     found = [part.strip() for part in value.split(",")] if isinstance(value, str) else value or ()
     if not isinstance(found, (list, tuple)) or not all(isinstance(pattern, str) and pattern for pattern in found):
-        raise ConfigTypeError(f"{name} must be a list of patterns such as '*.freqs_*', not {value!r}")
+        raise ConfigTypeError(f"«{name}» must be a list of patterns such as '*.freqs_*', not {value!r}")
     return tuple(found)
 
 

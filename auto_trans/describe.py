@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Optional
@@ -70,12 +70,15 @@ def read_path(path: Path) -> Strategy | list[Checkpoint]:
         return read_strategy(path)
 
 
-def describe_plan(conversion: Conversion, *, measure: bool = False) -> dict[str, Any]:
+def describe_plan(
+    conversion: Conversion, *, measure: bool = False, words: Optional[Mapping[str, str]] = None
+) -> dict[str, Any]:
     """What a conversion would do, and whether it could succeed.
 
     Args:
         conversion: The planned conversion.
         measure: Estimate the time by a short copy, which writes 32 MiB beside the target and removes them.
+        words: What the user calls settings, by the library's names; for the problem.
     """
     todo, plan, request, target = conversion.todo(), conversion.plan, conversion.request, conversion.target
     written = sum(target.size(file) for file in todo)
@@ -83,6 +86,7 @@ def describe_plan(conversion: Conversion, *, measure: bool = False) -> dict[str,
         conversion.check()
         problem = ""
     except AutoTransError as e:
+        e.told_by(words or {})
         problem = str(e)
     speed = _measured_speed(conversion) if measure and todo and not problem else None
     return {

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import filelock
 import yaml
 
-from auto_trans.config import YAML_KEYS, AutoTransConfig
+from auto_trans.config import YAML_KEYS, AutoTransConfig, parse_boolean
 from auto_trans.conversion import check_source
 from auto_trans.coordination.board import read_json, write_json
 from auto_trans.coordination.election import Assignment, elect
@@ -24,7 +24,7 @@ from auto_trans.core.consistency import check_heads
 from auto_trans.core.rules import Allowed
 from auto_trans.errors import AutoTransError
 from auto_trans.hooks.patches import KNOWN_VERSIONS
-from auto_trans.sizes import format_bytes
+from auto_trans.sizes import format_bytes, plural
 from auto_trans.storage.capacity import available_memory, free_disk
 from auto_trans.storage.clean import check_cleanable
 from auto_trans.storage.sources import ScannedFiles, as_strategy, find_sources
@@ -70,27 +70,43 @@ def examine(
             raise ValueError("it holds no settings")
     except (OSError, ValueError, yaml.YAMLError) as e:
         return [*checks, Check("error", f"{config} cannot be read: {e}", "give the YAML of a MindFormers job")], ()
-    ranks = world_size or _world_size(settings)
-    checks += _job(settings, ranks)
-    try:
-        assignments = elect(ranks, settings.get("transform_process_num"))  # type: ignore[arg-type]
-        checks.append(Check("ok", f"{len(assignments)} of {ranks} ranks will convert"))
-    except AutoTransError as e:
-        assignments = ()
-        checks.append(Check("error", str(e), "set transform_process_num"))
-    return checks, assignments
+    found, valid = _settings(settings)
+    told, expected = _told_ranks(settings)
+    found += told
+    ranks = expected if world_size is None else world_size
+    if ranks is None and not told:
+        found.append(Check("warning", "the YAML does not tell the number of ranks", "give it: --world-size"))
+    if world_size is not None and expected not in (None, world_size):
+        what = f"the job is to have {plural(world_size, 'rank')}, but its YAML makes {expected}"
+        found.append(Check("warning", what, "give the number of ranks that use_parallel and parallel_config make"))
+    assignments: tuple[Assignment, ...] = ()
+    if valid is not None:
+        found += _job(settings, valid, ranks)
+        try:
+            assignments = () if ranks is None else elect(ranks, valid.transform_process_num)
+        except AutoTransError as e:
+            found.append(Check("error", str(e), "set transform_process_num"))
+    if any(check.status == "error" for check in found):
+        return [*checks, *found], ()
+    if ranks is not None:
+        found.append(Check("ok", f"{len(assignments)} of {plural(ranks, 'rank')} will convert"))
+    return [*checks, *found], assignments
 
 
-def probe_file_system(folder: Path) -> list[Check]:
-    """Tries on a folder what the ranks of a job rely on: locks, atomic renames, and files that others see at once."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        return [Check("error", f"{folder} cannot be made: {e}", "set an output_dir that is writable")]
+def probe_file_system(output: Path) -> list[Check]:
+    """Tries on a folder what the ranks of a job rely on: locks, atomic renames, and files that others see at once.
+
+    A folder that is not there yet is not made: the one above it is tried, on the same file system.
+    """
+    folder = output.absolute()
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    checks = []
+    if folder != output.absolute():
+        checks.append(Check("ok", f"{output} is not there yet; what follows is tried in {folder}"))
     lock_path, word = folder / ".auto_trans_probe.lock", folder / ".auto_trans_probe.json"
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    checks = []
     child = context.Process(target=_probe_child, args=(there, str(lock_path), str(word)), daemon=True)
     try:
         with filelock.FileLock(str(lock_path), timeout=5):
@@ -111,7 +127,8 @@ def probe_file_system(folder: Path) -> list[Check]:
         else:
             checks.append(Check("ok", f"a renamed file in {folder} is seen whole after {seconds * 1000:.0f} ms"))
     except (OSError, filelock.Timeout, EOFError) as e:
-        checks.append(Check("error", f"{folder} cannot be used: {e}", "set an output_dir that is writable"))
+        what = f"{output} cannot be used: {e}"
+        checks.append(Check("error", what, "set an output_dir that is writable"))
     finally:
         child.join(10) if child.pid else None
         for path in (lock_path, word):
@@ -167,28 +184,35 @@ def _environment() -> Iterator[Check]:
         )
 
 
-def _job(settings: Mapping[str, Any], world_size: int) -> Iterator[Check]:
+def _settings(settings: Mapping[str, Any]) -> tuple[list[Check], Optional[AutoTransConfig]]:
+    """Whether the settings are valid, and the settings if they are."""
+    checks = []
     if settings.get("auto_trans_ckpt") is not True:
-        yield Check("warning", "auto_trans_ckpt is not True: nothing will be converted", "set auto_trans_ckpt: True")
+        what = "auto_trans_ckpt is not True: nothing will be converted"
+        checks.append(Check("warning", what, "set auto_trans_ckpt: True"))
     if settings.get("load_ckpt_format") == "safetensors":
-        yield Check(
-            "warning", "load_ckpt_format is safetensors: MindFormers' own conversion is used, not that of auto_trans"
-        )
+        what = "load_ckpt_format is safetensors: MindFormers' own conversion is used, not that of auto_trans"
+        checks.append(Check("warning", what))
     checkpoint = settings.get("checkpoint") or {}
     path = (checkpoint.get("load_path") if isinstance(checkpoint, Mapping) else None) or settings.get("load_checkpoint")
-    output = Path(str(settings.get("output_dir") or "./output")).expanduser()
     try:
         config = AutoTransConfig.from_settings(settings, path)
-        yield Check("ok", "the settings are valid")
+    except AutoTransError as e:
+        e.told_by(YAML_KEYS)
+        return [*checks, Check("error", str(e))], None
+    return [*checks, Check("ok", "the settings are valid")], config
+
+
+def _job(settings: Mapping[str, Any], config: AutoTransConfig, world_size: Optional[int]) -> Iterator[Check]:
+    output = Path(str(settings.get("output_dir") or "./output")).expanduser()
+    try:
         check_cleanable(
             [output / "strategy", output / "transformed_checkpoint"],
             [p for p in (config.load_checkpoint, config.src_strategy) if p],
         )
         source = as_strategy(config.src_strategy)
         found = find_sources(config.load_checkpoint, source, config.resume_file)
-        yield Check(
-            "ok", f"source strategy: {source.world_size} ranks in {source.stages} stage{'s' * (source.stages > 1)}"
-        )
+        yield Check("ok", f"source strategy: {plural(source.world_size, 'rank')} in {plural(source.stages, 'stage')}")
         size, allowed = 0, Allowed(config.allow_extra, config.allow_missing)
         for one in found:
             size += sum(file.stat().st_size for file in one.all_files)
@@ -196,9 +220,7 @@ def _job(settings: Mapping[str, Any], world_size: int) -> Iterator[Check]:
             plan = check_source(source, heads, allowed)
             check_heads(source, heads)
             size = max(size, plan.nbytes)
-            yield Check(
-                "ok", f"{one.path}: {len(one.all_files)} file{'s' * (len(one.all_files) > 1)} readable and complete"
-            )
+            yield Check("ok", f"{one.path}: {plural(len(one.all_files), 'file')} readable and complete")
     except AutoTransError as e:
         e.told_by(YAML_KEYS)
         yield Check("error", str(e))
@@ -210,23 +232,31 @@ def _job(settings: Mapping[str, Any], world_size: int) -> Iterator[Check]:
         f"the weights need about {format_bytes(size)} in {output}, {format_bytes(free)} is free (replicas are links)",
         "" if enough else "free space, or set another output_dir",
     )
-    converters = min(config.transform_process_num, world_size)
+    converters = min(config.transform_process_num, world_size or config.transform_process_num)
     enough = memory > converters * config.memory_limit
     yield Check(
         "ok" if enough else "error",
-        f"{converters} converter{'s' * (converters > 1)} need {format_bytes(config.memory_limit)} each, "
-        f"{format_bytes(memory)} of memory is available",
+        f"{plural(converters, 'converter')} of {format_bytes(config.memory_limit)} of memory each, "
+        f"{format_bytes(memory)} is available",
         "" if enough else "decrease transform_process_num",
     )
     yield from probe_file_system(output)
 
 
-def _world_size(settings: Mapping[str, Any]) -> int:
-    """Number of ranks of a job by its YAML."""
-    parallel = settings.get("parallel_config") or {}
-    if not settings.get("use_parallel") or not isinstance(parallel, Mapping):
-        return 1
+def _told_ranks(settings: Mapping[str, Any]) -> tuple[list[Check], Optional[int]]:
+    """What is wrong with the settings that tell the number of ranks of a job, and the number; None if they do not."""
+    try:
+        if not parse_boolean("use_parallel", settings.get("use_parallel")):
+            return [], 1
+    except AutoTransError as e:
+        return [Check("error", str(e), "set use_parallel")], None
+    parallel = settings.get("parallel_config")
+    checks = []
     ranks = 1
     for key in ("data_parallel", "model_parallel", "pipeline_stage", "context_parallel"):
-        ranks *= int(parallel.get(key) or 1)
-    return ranks
+        number = parallel.get(key) if isinstance(parallel, Mapping) else None
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+            what = f"parallel_config: {key} must be a whole number of at least 1, not {number!r}"
+            checks.append(Check("error", what, f"set {key}"))
+        ranks *= number if isinstance(number, int) else 1
+    return checks, None if checks or not parallel else ranks

@@ -78,10 +78,12 @@ class AutoTransError(Exception):
     def told_by(self, words: Mapping[str, str]) -> None:
         """Has the message name settings as the user knows them, e.g. as flags or YAML keys.
 
+        Of several doors the inner one, which was told first, knows better.
+
         Args:
             words: The library's name of a setting -> the user's.
         """
-        self._words = words
+        self._words = {**words, **self._words}
 
 
 class ConfigError(AutoTransError, ValueError):

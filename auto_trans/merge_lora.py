@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Optional, Union
 
 from auto_trans.config import parse_memory
@@ -16,7 +18,7 @@ from auto_trans.core.edits import AddLora
 from auto_trans.core.rules import Allowed
 from auto_trans.errors import ConfigError
 from auto_trans.report import ConversionReport
-from auto_trans.request import Request, as_path
+from auto_trans.request import Request, as_path, as_ranks
 from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy
 
 __all__ = ["merge_lora", "parse_scaling"]
@@ -26,7 +28,7 @@ def parse_scaling(value: Union[str, float]) -> float:
     """A scaling as a number, or as ``alpha/rank``, e.g. ``16/8``.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is neither, or 0, which would merge nothing.
     """
     match = re.fullmatch(r"\s*([-+.\deE]+)\s*(?:/\s*([-+.\deE]+)\s*)?", str(value))
     try:
@@ -37,6 +39,8 @@ def parse_scaling(value: Union[str, float]) -> float:
             raise ValueError
     except (ValueError, ZeroDivisionError):
         raise ConfigError(f"«scaling» must be a number or alpha/rank such as 16/8, not {value!r}") from None
+    if not scaling:
+        raise ConfigError("«scaling» must not be 0: nothing would be merged; give lora_alpha/lora_rank")
     return scaling
 
 
@@ -48,6 +52,8 @@ def merge_lora(
     *,
     scaling: Union[str, float],
     prefix: str = "checkpoint_",
+    ranks: Optional[Iterable[int]] = None,
+    step: Optional[str] = None,
     format: Optional[str] = None,
     processes: int = 1,
     memory_limit: Union[int, str, None] = None,
@@ -65,6 +71,8 @@ def merge_lora(
         dst_strategy: Strategy of the target; None for one complete file.
         scaling: lora_alpha / lora_rank, as a number or as ``alpha/rank``.
         prefix: Beginning of the target files' names.
+        ranks: The target ranks to convert; all by default.
+        step: The step to take from the rank folders, as ``{epoch}_{step}``; the latest by default.
         format: ``ckpt`` or ``safetensors``; that of the source by default.
         processes: Worker processes on this machine.
         memory_limit: Memory for the parts that are merged, in bytes or e.g. ``"512MiB"``; 64 MiB by default.
@@ -86,9 +94,13 @@ def merge_lora(
         as_strategy(dst_strategy),
         edits=(AddLora(parse_scaling(scaling)),),
         allowed=Allowed.of(allow_extra, allow_missing),
+        ranks=as_ranks(ranks),
+        step=step,
         prefix=prefix,
         format=format,
         processes=processes,
         memory_limit=parse_memory(memory_limit),
     )
-    return plan_conversion(request).carry_out(quiet=quiet)
+    conversion = plan_conversion(request)
+    merged = {tensor.name for file in conversion.files for tensor in file.tensors if tensor.added is not None}
+    return replace(conversion.carry_out(quiet=quiet), with_lora=tuple(sorted(merged)))

@@ -40,7 +40,7 @@ class MergeReport:
         files: The files with weights, in order.
         parameters: Number of parameters in them.
         total_size: Bytes of these parameters.
-        reused: How many files were there already, made for the same merge.
+        reused: How many of these files were there already, made for the same merge.
     """
 
     target: Path
@@ -124,11 +124,19 @@ def merge_safetensors(
     )
     conversion = plan_conversion(request)
     _compare_with_metadata((Path(file.path) for file in conversion.plan.source_files), redundancy_removed)
-    report = conversion.carry_out(quiet=quiet)
-    target = conversion.target
+    _tell_unused(filter_out_param_prefix, conversion.source.names)
+    target, todo = conversion.target, conversion.todo()
     assert isinstance(target, SafetensorsSet)
+    there = {target.name(file.ranks[0], file.part) for file in conversion.files if file not in todo}
+    report = conversion.carry_out(quiet=quiet)
     names = tuple(record.file for record in report.files if record.file != HYPER_PARAMETERS)
-    return MergeReport(request.dst, names, len(target.weight_map), target.total_size, len(report.reused))
+    return MergeReport(request.dst, names, len(target.weight_map), target.total_size, len(there & set(names)))
+
+
+def _tell_unused(prefixes: Sequence[str], names: Sequence[str]) -> None:
+    for prefix in prefixes:
+        if not any(name.startswith(prefix) for name in names):
+            logger.warning("no parameter of the source begins with %r; nothing is left out by it", prefix)
 
 
 def _compare_with_metadata(files: Iterable[Path], claimed: Optional[bool]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from auto_trans.core.layout import Layout
-from auto_trans.core.strategy import Strategy
+from auto_trans.core.strategy import Strategy, is_optimizer_state
 from auto_trans.core.tensor import Box, Shape
 from auto_trans.describe import slice_shapes, sliced_how
 from auto_trans.errors import ConfigError, LayoutError
@@ -167,7 +167,8 @@ def write_page(
     shapes = slice_shapes(before, weights)
     strategies = [strategy for strategy in (before, after) if strategy is not None]
     listed = {name for strategy in strategies for name in (*strategy.names(), *strategy.refused)}
-    names = sorted(name for name in listed if fnmatchcase(name, pattern))
+    # the page opens on the first
+    names = sorted((n for n in listed if fnmatchcase(n, pattern)), key=lambda n: (is_optimizer_state(n), n))
     if not names:
         raise ConfigError(f"no parameter of {' or '.join(s.origin for s in strategies)} matches {pattern!r}")
     # a model has hundreds of parameters, but few ways to slice them: each drawing is stored once
@@ -199,11 +200,15 @@ def _drawing(name: str, strategies: Sequence[Strategy], known: Optional[tuple[Sh
     for strategy in strategies:
         views = draw_views(strategy, name, full, axes)
         problem = strategy.refused.get(name)
+        lowest = {rank: s.ranks[0] for view in views for panel in view.panels for s in panel.slices for rank in s.ranks}
+        shares = share_of_ranks(views, strategy.world_size)
         sides.append(
             {
                 "problem": f"refused: {problem}" if problem else "" if views else "not listed",
                 "views": [_plain_view(view) for view in views],
-                "shares": [[_ranks_text(ranks), n] for ranks, n in share_of_ranks(views, strategy.world_size)],
+                "shares": [
+                    [_ranks_text(ranks), n, lowest.get(ranks[0]) if len(ranks) == 1 else None] for ranks, n in shares
+                ],
             }
         )
     return {"full": full, "known": known is not None, "item": known[1] if known else 0, "axes": axes, "sides": sides}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Callable, Optional
+from typing import Callable, NoReturn, Optional
 
 from tqdm import tqdm
 
@@ -39,8 +39,10 @@ class Meter:
         self.done, self.total = 0, total
         self._label, self._listener, self._quiet, self._now = label, listener, quiet, now
         self._begin = self._logged = now()
-        on_terminal = sys.stderr.isatty() and not quiet
-        self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024) if on_terminal else None
+        self._bar: Optional[tqdm[NoReturn]] = None
+        if total and sys.stderr.isatty() and not quiet:
+            # left behind, it would be an empty line on a terminal that does not tell its width
+            self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False)
 
     def __call__(self, nbytes: int) -> None:
         """Counts ``nbytes`` more."""
@@ -59,6 +61,6 @@ class Meter:
             )  # fmt: skip
 
     def close(self) -> None:
-        """Ends the bar."""
+        """Takes the bar away; what was done is told by others."""
         if self._bar is not None:
             self._bar.close()

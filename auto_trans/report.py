@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from auto_trans.sizes import format_bytes
+from auto_trans.sizes import format_bytes, plural
 from auto_trans.storage.manifest import FileRecord
 
 __all__ = ["ConversionReport"]
@@ -28,6 +28,7 @@ class ConversionReport:
         carried: Parameters that no strategy lists; copied as they are.
         absent: Parameters that the target lists and the source does not hold; the model keeps its initial values.
         dropped: Optimizer state that the target, which has no optimizer, does not take.
+        with_lora: Parameters into which LoRA weights were merged.
     """
 
     source: Path
@@ -41,6 +42,7 @@ class ConversionReport:
     carried: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    with_lora: tuple[str, ...] = ()
 
     @classmethod
     def merged(cls, reports: Sequence[ConversionReport]) -> ConversionReport:
@@ -58,4 +60,4 @@ class ConversionReport:
     def __str__(self) -> str:
         parts = [f"{len(self.converted)} converted", f"{len(self.linked)} linked", f"{len(self.reused)} reused"]
         size = format_bytes(self.bytes_written)
-        return f"{self.target}: {', '.join(parts)} of {len(self.files)} files, {size} in {self.seconds:.1f} s"
+        return f"{self.target}: {', '.join(parts)} of {plural(len(self.files), 'file')}, {size} in {self.seconds:.1f} s"

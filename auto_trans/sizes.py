@@ -1,4 +1,4 @@
-"""Sizes as people write and read them."""
+"""Sizes and numbers as people write and read them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Union
 
 from auto_trans.errors import ConfigError, ConfigTypeError
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["format_bytes", "parse_bytes", "plural"]
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -29,3 +29,8 @@ def format_bytes(nbytes: float) -> str:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
         nbytes /= 1024
     return f"{nbytes:.1f} TiB"
+
+
+def plural(number: int, word: str) -> str:
+    """A number of things, e.g. ``1 rank`` or ``2 ranks``."""
+    return f"{number} {word}{'' if number == 1 else 's'}"

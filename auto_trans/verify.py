@@ -23,11 +23,11 @@ from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import Box, Shape, split_box
 from auto_trans.errors import CheckpointNotFoundError, ConfigError, LayoutError
 from auto_trans.storage.formats.head import FileHead, StoredTensor
-from auto_trans.storage.manifest import MANIFEST_NAME, read_manifest
+from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, read_manifest, read_records
 from auto_trans.storage.readers import digest_extents
 from auto_trans.storage.sources import Checkpoint, ScannedFiles, find_checkpoints
 
-__all__ = ["Difference", "verify_against", "verify_digests"]
+__all__ = ["Difference", "DigestCheck", "verify_against", "verify_digests"]
 
 _READ_BYTES = 4 * 1024 * 1024
 
@@ -53,32 +53,59 @@ class Difference:
         return f"rank {self.rank}, {self.file}{parameter}: {self.what}"
 
 
-def verify_digests(folder: Path) -> list[Difference]:
-    """Compares the files of a finished conversion with the digests in its manifest.
+@dataclass(frozen=True)
+class DigestCheck:
+    """What a comparison with digests found.
+
+    Attributes:
+        differences: What is not as it was recorded.
+        files: How many files are on record.
+        finished: Whether the conversion is; until then no manifest says which files there must be.
+    """
+
+    differences: tuple[Difference, ...]
+    files: int
+    finished: bool
+
+
+def verify_digests(folder: Path, ranks: Optional[Sequence[int]] = None) -> DigestCheck:
+    """Compares the files of a conversion with their digests: in its manifest, or on record where it is not finished.
 
     Args:
         folder: The target folder of the conversion; of several complete checkpoints the one above theirs.
+        ranks: The target ranks to compare; all that are on record by default.
 
     Raises:
-        CheckpointNotFoundError: The folder has no manifest.
+        CheckpointNotFoundError: The folder has neither a manifest nor records.
     """
-    records = read_manifest(folder)
-    if records is None:
-        below = sorted(path.parent for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    manifest = read_manifest(folder)
+    records = read_records(folder) if manifest is None else manifest
+    if not records:
+        names = (f"*/{MANIFEST_NAME}", f"*/{RECORDS_NAME}")
+        below = sorted({path.parent for name in names for path in folder.glob(name)})
         if not below:
             raise CheckpointNotFoundError(
                 f"{folder} has no readable {MANIFEST_NAME}: the conversion was not finished, or not made by auto_trans; "
-                f"compare it with its source instead (--against)"
+                f"compare it with its source instead («against»)"
             )
-        return [difference for one in below for difference in verify_digests(one)]
-    differences = []
+        checks = [verify_digests(one, ranks) for one in below]
+        found = tuple(difference for check in checks for difference in check.differences)
+        return DigestCheck(found, sum(check.files for check in checks), all(check.finished for check in checks))
+    digests: dict[tuple[int, str], set[str]] = {}
     for record in records:
-        path = folder / record.file
+        if ranks is None or record.rank in ranks:
+            digests.setdefault((record.rank, record.file), set()).add(record.xxh3_128)
+    differences = []
+    for (rank, file), known in digests.items():
+        path = folder / file
         if not path.is_file():
-            differences.append(Difference(record.rank, str(path), "", "is missing"))
-        elif digest_extents(path, [(0, path.stat().st_size)]) != record.xxh3_128:
-            differences.append(Difference(record.rank, str(path), "", "differs from its digest in the manifest"))
-    return differences
+            differences.append(Difference(rank, str(path), "", "is missing"))
+        elif digest_extents(path, [(0, path.stat().st_size)]) not in known:
+            where = "on record" if manifest is None else "in the manifest"
+            differences.append(Difference(rank, str(path), "", f"differs from its digest {where}"))
+    for rank in sorted(set(ranks or ()) - {rank for rank, _ in digests}):
+        differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is not on record"))
+    return DigestCheck(tuple(differences), len(digests), manifest is not None)
 
 
 def verify_against(
@@ -91,7 +118,7 @@ def verify_against(
     allowed: Allowed = NOTHING,
     limit: int = 20,
 ) -> tuple[list[Difference], int]:
-    """Compares every byte of converted weights with their source.
+    """Compares every byte of converted weights with their source, all copies of a slice included.
 
     Args:
         folder: The converted weights: ``rank_N`` folders, or one complete checkpoint.
@@ -119,6 +146,7 @@ def verify_against(
     converted = dict(_heads(made))
     differences: list[Difference] = []
     compared = 0
+    done: set[tuple[str, Box]] = set()
     for rank in range(target.world_size) if ranks is None else ranks:
         if rank not in converted:
             differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is missing"))
@@ -127,7 +155,7 @@ def verify_against(
             for name, tensor in head.tensors.items():
                 layout = target.layout(name, target.stage_of(rank)) or Layout.whole(target.stage_devices)
                 slice_ = _Slice(name, tensor, head, layout, rank % target.stage_devices)
-                what = _compare(slice_, sources, source)
+                what = _compare(slice_, sources, source, done)
                 compared += tensor.nbytes
                 if what:
                     differences.append(Difference(rank, str(head.path), name, what))
@@ -169,8 +197,12 @@ def _read(head: FileHead, tensor: StoredTensor, box: Box) -> np.ndarray:
     return out
 
 
-def _compare(made: _Slice, sources: Sequence[_Held], source: Strategy) -> str:
-    """What is wrong with a converted slice, or nothing."""
+def _compare(made: _Slice, sources: Sequence[_Held], source: Strategy, done: set[tuple[str, Box]]) -> str:
+    """What is wrong with a converted slice, or nothing.
+
+    The first of equal target slices is compared with all copies in the source and is ``done``; those after it with one
+    copy, or replicas on both sides would be read as often as the product of their numbers.
+    """
     holders = [held for held in sources if made.name in held.head.tensors]
     if not holders:
         return "is not in the source"
@@ -178,6 +210,9 @@ def _compare(made: _Slice, sources: Sequence[_Held], source: Strategy) -> str:
         full, target_box = _full_box(made.tensor, made.layout, made.local)
     except LayoutError as e:
         return str(e)
+    own = not source.lists(made.name) and math.prod(full) == 1  # may be another number on every rank
+    copies = (made.name, target_box) not in done and not own
+    first_stage = source.stage_of(holders[0].rank)
     whole, nbytes = Box.whole(made.tensor.shape), made.tensor.nbytes
     for part in split_box(whole, max(1, _READ_BYTES * whole.volume // max(nbytes, 1))):
         place = Box(tuple(o + p for o, p in zip(target_box.offset, part.offset)), part.size)
@@ -190,14 +225,20 @@ def _compare(made: _Slice, sources: Sequence[_Held], source: Strategy) -> str:
                 before = f"{list(source_full)} {stored.dtype}"
                 return f"is {list(full)} {made.tensor.dtype} as a whole, but {before} in the source"
             common = place.intersect(source_box) if place.size else place
-            if common is None or seen[common.relative_to(place.offset).slices()].all():
+            if common is None:
                 continue
             inside = common.relative_to(place.offset).slices()
+            again = bool(seen[inside].all())
+            if again and not (copies and source.stage_of(rank) == first_stage):
+                continue
             if not np.array_equal(got[inside], _read(head, stored, common.relative_to(source_box.offset))):
-                return f"differs from {head.path}"
+                if own and rank != holders[-1].rank:
+                    continue
+                return f"differs from {head.path}" + (", but not from another copy in the source" if again else "")
             seen[inside] = True
         if not seen.all():
             return "is not covered by the source ranks that are there"
+    done.add((made.name, target_box))
     return ""
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
-from auto_trans.config import DEFAULT_MEMORY, DEFAULT_TIMING, AutoTransConfig, Timing
+import auto_trans
+from auto_trans.cli.parsers import FLAGS
+from auto_trans.config import DEFAULT_MEMORY, DEFAULT_TIMING, YAML_KEYS, AutoTransConfig, Timing
 from auto_trans.errors import ConfigError, ConfigTypeError
 
 
@@ -62,6 +67,11 @@ def test_devices_of_a_node_are_those_of_the_launcher_unless_they_are_set():
     "settings, error, message",
     [
         ({"auto_trans": ["engine"]}, ConfigTypeError, "auto_trans must be a mapping"),
+        (
+            {"auto_trans": {"memory": "1MiB"}},
+            ConfigError,
+            "no setting memory; it has engine, memory_limit, join_timeout",
+        ),
         ({"auto_trans": {"engine": "magic"}}, ConfigError, "one of native, mindspore"),
         ({"auto_trans": {"memory_limit": "1023KiB"}}, ConfigError, "at least 1MiB"),
         ({"auto_trans": {"join_timeout": 0}}, ConfigError, "join_timeout must be more than 0"),
@@ -74,6 +84,8 @@ def test_devices_of_a_node_are_those_of_the_launcher_unless_they_are_set():
         ({"transform_process_num": "2"}, ConfigTypeError, "whole number"),
         ({"transform_by_rank": "False"}, ConfigTypeError, "True or False"),
         ({"npu_num_per_node": 3}, ConfigError, "power of 2"),
+        ({"npu_num_per_node": True}, ConfigTypeError, "power of 2"),
+        ({"npu_num_per_node": 0}, ConfigError, "power of 2"),
         ({"npu_num_per_node": -8}, ConfigError, "power of 2"),
         ({"npu_num_per_node": "many"}, ConfigTypeError, "power of 2"),
     ],
@@ -87,3 +99,14 @@ def test_values_that_cannot_be_are_refused(settings, error, message):
 def test_weights_must_be_a_path(path):
     with pytest.raises(ConfigTypeError, match="must be the path of the weights"):
         config({}, path)
+
+
+def test_every_setting_that_a_message_names_is_known_to_every_door():
+    """A setting stands between « and » by the library's name."""
+    named = {
+        name
+        for file in Path(auto_trans.__file__).parent.rglob("*.py")
+        for name in re.findall(r"«(\w+)»", file.read_text(encoding="utf-8"))
+    }
+    assert "src_strategy" in named
+    assert not named - FLAGS.keys() and not named - YAML_KEYS.keys()

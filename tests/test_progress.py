@@ -61,9 +61,18 @@ def test_listener_is_told_of_every_step(watch):
 def test_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
     meter = Meter(1000, "converting net")
-    meter(1000)
+    meter(500)
+    assert "converting net:   0%|" in capsys.readouterr().err
+    meter(500)
     meter.close()
-    assert "converting net: 100%" in capsys.readouterr().err
+    left = capsys.readouterr().err
+    assert left.endswith("\r") and "\n" not in left, "no line stays, not even an empty one"
+
+
+def test_no_bar_where_nothing_is_to_be_done(capsys, monkeypatch):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+    Meter(0, "converting net").close()
+    assert capsys.readouterr().err == ""
 
 
 def test_quiet_shows_nothing(capsys, caplog, monkeypatch, watch):

@@ -13,9 +13,10 @@ from auto_trans import verify
 from auto_trans.core.layout import Layout
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import CheckpointNotFoundError, ConfigError
-from auto_trans.storage.manifest import MANIFEST_NAME
+from auto_trans.storage.manifest import MANIFEST_NAME, FileRecord, Manifest, read_records
+from auto_trans.storage.readers import digest_extents
 from auto_trans.storage.sources import find_checkpoints
-from auto_trans.verify import verify_against, verify_digests
+from auto_trans.verify import DigestCheck, verify_against, verify_digests
 
 MP2, DP2 = Layout((2,), ((0,),)), Layout((2,), ((),))
 A, B = strategy({"w": MP2, "v": MP2}), strategy({"w": DP2, "v": MP2})
@@ -121,18 +122,70 @@ def test_folder_of_several_complete_files_asks_for_one(tmp_path, converted):
 
 
 def test_digests_tell_changed_and_missing_files(converted):
-    assert verify_digests(converted.out) == []
+    assert verify_digests(converted.out) == DigestCheck((), 2, finished=True)
     converted.rewrite(0, w=oracle.raw(np.arange(8, dtype=np.float32) + 1))
     converted.file(1).unlink()
-    assert [(d.rank, d.what) for d in verify_digests(converted.out)] == [
-        (0, "differs from its digest in the manifest"),
-        (1, "is missing"),
-    ]
+    changed, missing = verify_digests(converted.out).differences
+    assert (changed.rank, changed.what) == (0, "differs from its digest in the manifest")
+    assert (missing.rank, missing.what) == (1, "is missing")
+    assert verify_digests(converted.out, [1]) == DigestCheck((missing,), 1, finished=True)
+    (unknown,) = verify_digests(converted.out, [7]).differences
+    assert (unknown.rank, unknown.what) == (7, "is not on record")
 
 
 def test_digests_of_several_checkpoints_are_found_below(converted, tmp_path):
     converted.file(1).unlink()
-    assert [d.rank for d in verify_digests(tmp_path)] == [1]
+    assert [d.rank for d in verify_digests(tmp_path).differences] == [1]
     (converted.out / MANIFEST_NAME).unlink()
     with pytest.raises(CheckpointNotFoundError, match="has no readable auto_trans_manifest"):
         verify_digests(tmp_path)
+
+
+def test_digests_of_a_conversion_that_is_not_finished_are_those_on_record(tmp_path):
+    save(tmp_path / "src", hold({"w": np.arange(8), "v": np.arange(4)}, A))
+    planned(tmp_path / "src", tmp_path / "out", A, A, ranks=(1,)).run(quiet=True)
+    part = Converted(tmp_path, A, A)
+    assert verify_digests(part.out) == verify_digests(tmp_path) == DigestCheck((), 1, finished=False)
+    assert [d.what for d in verify_digests(part.out, [0, 1]).differences] == ["is not on record"]
+    part.rewrite(1, w=oracle.raw(np.zeros(4, np.float32)))
+    assert [(d.rank, d.what) for d in verify_digests(part.out).differences] == [
+        (1, "differs from its digest on record")
+    ]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_file_about_to_be_published_is_on_record_only_if_it_is_there(tmp_path, there):
+    manifest = Manifest(tmp_path, "request", 2)
+    record = FileRecord(0, "rank_0/x.ckpt", 3, 0, digest_of(b"abc", tmp_path))
+    with manifest.adding([record]):
+        if there:
+            (tmp_path / "rank_0").mkdir()
+            (tmp_path / "rank_0" / "x.ckpt").write_bytes(b"abc")
+        assert read_records(tmp_path) == [record] * there
+
+
+def digest_of(content, folder):
+    (folder / "content").write_bytes(content)
+    return digest_extents(folder / "content", [(0, len(content))])
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_copy_in_the_source_that_differs_is_named(tmp_path, wrong):
+    """Both ranks hold the whole of w; the conversion takes it from the lower."""
+    held = hold({"w": np.arange(8), "v": np.arange(4)}, B)
+    save(tmp_path / "src", held)
+    planned(tmp_path / "src", tmp_path / "out", B, B).run(quiet=True)
+    save(tmp_path / "src", {wrong: {**held[wrong], "w": np.arange(8) + 1}})
+    (difference, *more), _ = Converted(tmp_path, B, B).differences()
+    assert (difference.rank, difference.parameter) == (0, "w")
+    assert f"differs from {tmp_path / 'src' / f'rank_{wrong}'}" in difference.what
+    assert ("but not from another copy" in difference.what) == (wrong == 1)
+    assert len(more) == 1
+
+
+def test_single_number_that_no_strategy_lists_may_be_another_on_every_rank(tmp_path):
+    held = hold({"w": np.arange(8), "v": np.arange(4), "seed": np.array([1])}, B)
+    held[1]["seed"] = np.array([2])
+    save(tmp_path / "src", held)
+    planned(tmp_path / "src", tmp_path / "out", B, B).run(quiet=True)
+    assert Converted(tmp_path, B, B).differences()[0] == []

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
-from auto_trans.cli.parsers import add_allowed, add_command
-from auto_trans.cli.tables import print_json, print_table, ranks_text
+from auto_trans.cli.parsers import add_allowed, add_command, parse_ranks
+from auto_trans.cli.tables import print_json, print_table, ranks_text, report_facts
 
 if TYPE_CHECKING:
     from auto_trans.conversion import Conversion
-    from auto_trans.report import ConversionReport
     from auto_trans.request import Request
 
-__all__ = ["add_parser", "parse_ranks"]
+__all__ = ["add_parser"]
 
 _EXAMPLES = """\
   cut a complete checkpoint into the slices of a job:
@@ -72,42 +70,29 @@ def add_parser(subparsers: Any) -> None:
     add("--json", action="store_true", help="print the plan or the report as JSON")
 
 
-def parse_ranks(text: Optional[str]) -> Optional[list[int]]:
-    """Parses a list of ranks such as ``0-7,12``.
-
-    Raises:
-        ConfigError: It is no such list.
-    """
-    from auto_trans.errors import ConfigError
-
-    if text is None:
-        return None
-    ranks: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if not match or (match[2] and int(match[2]) < int(match[1])):
-            raise ConfigError(f"--ranks must be a list such as 0-7,12, not {text!r}")
-        ranks += range(int(match[1]), int(match[2] or match[1]) + 1)
-    return ranks
-
-
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.conversion import plan_conversions
 
-    request = _request(arguments)
-    failed = False
-    for conversion in plan_conversions(request):
-        if arguments.dry_run:
-            failed |= not _show_plan(conversion, as_json=arguments.json, measure=arguments.measure)
-            continue
-        report = conversion.carry_out(quiet=arguments.quiet or arguments.json)
-        if arguments.json:
-            print_json(_facts(report))
-        else:
-            print(report)
-        if arguments.verify:
-            failed |= not _verify(conversion, quiet=arguments.json)
-    return 1 if failed else 0
+    for flag, conflict in (("--measure", not arguments.dry_run), ("--verify", arguments.dry_run)):
+        if getattr(arguments, flag[2:]) and conflict:
+            arguments.parser.error(f"argument {flag}: only allowed with{'out' * arguments.dry_run} --dry-run")
+    good = True
+    facts: list[dict[str, Any]] = []
+    conversions = plan_conversions(_request(arguments))
+    for conversion in conversions:
+        run = _show_plan if arguments.dry_run else _convert
+        good &= run(conversion, arguments, facts)
+    if arguments.json:
+        print_json(facts if len(conversions) > 1 else facts[0])
+    return 0 if good else 1
+
+
+def _convert(conversion: Conversion, arguments: argparse.Namespace, facts: list[dict[str, Any]]) -> bool:
+    report = conversion.carry_out(quiet=arguments.quiet or arguments.json)
+    facts.append(report_facts(report))
+    if not arguments.json:
+        print(report)
+    return not arguments.verify or _verify(conversion, quiet=arguments.json)
 
 
 def _request(arguments: argparse.Namespace) -> Request:
@@ -116,30 +101,13 @@ def _request(arguments: argparse.Namespace) -> Request:
     from auto_trans.request import Request
     from auto_trans.storage.sources import as_strategy
 
-    ranks = parse_ranks(arguments.ranks)
     return Request(
         Path(arguments.src), Path(arguments.dst), as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy),
-        ranks=None if ranks is None else tuple(ranks), prefix=arguments.prefix, format=arguments.format,
+        ranks=parse_ranks(arguments.ranks), prefix=arguments.prefix, format=arguments.format,
         allowed=Allowed(tuple(arguments.allow_extra), tuple(arguments.allow_missing)), step=arguments.step,
         engine=arguments.engine, processes=arguments.processes, memory_limit=parse_memory(arguments.memory),
         reuse=not arguments.no_reuse,
     )  # fmt: skip
-
-
-def _facts(report: ConversionReport) -> dict[str, Any]:
-    return {
-        "source": str(report.source),
-        "target": str(report.target),
-        "files": [vars(record) for record in report.files],
-        "converted": report.converted,
-        "linked": report.linked,
-        "reused": report.reused,
-        "bytes_written": report.bytes_written,
-        "seconds": report.seconds,
-        "carried": report.carried,
-        "absent": report.absent,
-        "dropped": report.dropped,
-    }
 
 
 def _verify(conversion: Conversion, *, quiet: bool) -> bool:
@@ -158,13 +126,13 @@ def _verify(conversion: Conversion, *, quiet: bool) -> bool:
     return not wrong
 
 
-def _show_plan(conversion: Conversion, *, as_json: bool, measure: bool) -> bool:
+def _show_plan(conversion: Conversion, arguments: argparse.Namespace, facts: list[dict[str, Any]]) -> bool:
     from auto_trans.describe import describe_plan
     from auto_trans.sizes import format_bytes
 
-    plan = describe_plan(conversion, measure=measure)
-    if as_json:
-        print_json(plan)
+    plan = describe_plan(conversion, measure=arguments.measure, words=arguments.words)
+    facts.append(plan)
+    if arguments.json:
         return not plan["problem"]
     rows = [
         (

@@ -40,6 +40,11 @@ def add_parser(subparsers: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.doctor import examine
 
+    if arguments.world_size is not None and arguments.world_size < 1:
+        arguments.parser.error("argument --world-size: must be at least 1")
+    if arguments.world_size is not None and arguments.config is None:
+        arguments.parser.error("argument --world-size: only allowed with CONFIG.yaml")
+
     checks, assignments = examine(arguments.config, arguments.world_size)
     if arguments.json:
         print_json([vars(check) for check in checks])

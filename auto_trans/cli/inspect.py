@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any
 
-from auto_trans.cli.parsers import add_command
+from auto_trans.cli.parsers import add_command, in_words
 from auto_trans.cli.tables import print_json, print_table, ranks_text
+
+if TYPE_CHECKING:
+    from auto_trans.core.strategy import Strategy
 
 __all__ = ["add_parser"]
 
@@ -32,6 +37,7 @@ def add_parser(subparsers: Any) -> None:
         help="show what a strategy or a checkpoint holds",
         description="Shows how a strategy slices the parameters of a job, or what the files of a checkpoint hold.",
         examples=_EXAMPLES,
+        words={"src": "PATH", "dst": "--html", "src_strategy": "PATH"},
     )
     add = parser.add_argument
     add("path", metavar="PATH", type=Path, help="a strategy file or folder, or a checkpoint file or folder")
@@ -46,14 +52,16 @@ def add_parser(subparsers: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.core.strategy import Strategy
     from auto_trans.describe import describe_checkpoint, read_path
-    from auto_trans.storage.strategies import read_strategy
 
     found = read_path(arguments.path)
     if isinstance(found, Strategy):
-        other = read_strategy(arguments.diff) if arguments.diff else None
-        _show_strategy(arguments, found, other)
+        _refuse(arguments, "a strategy", "crc")
+        _show_strategy(arguments, found)
         return 0
+    _refuse(arguments, "a checkpoint", "html", "diff", "weights")
     facts = [describe_checkpoint(checkpoint, arguments.param, check_crc=arguments.crc) for checkpoint in found]
+    if arguments.param != "*":
+        _check_match(arguments, (p["name"] for checkpoint in facts for p in checkpoint["parameters"]))
     if arguments.json:
         print_json(facts)
     else:
@@ -62,13 +70,37 @@ def _run(arguments: argparse.Namespace) -> int:
     return 1 if any(file["crc"] == "wrong" for checkpoint in facts for file in checkpoint["files"]) else 0
 
 
-def _show_strategy(arguments: argparse.Namespace, strategy: Any, other: Optional[Any]) -> None:
+def _refuse(arguments: argparse.Namespace, what: str, *flags: str) -> None:
+    """Refuses flags that say nothing about what the path turned out to be."""
+    for flag in flags:
+        if getattr(arguments, flag):
+            arguments.parser.error(f"argument --{flag}: {arguments.path} is {what}, for which it has no meaning")
+
+
+def _check_match(arguments: argparse.Namespace, names: Iterable[str]) -> None:
+    from auto_trans.errors import ConfigError
+
+    if not any(fnmatchcase(name, arguments.param) for name in names):
+        paths = [str(path) for path in (arguments.path, arguments.diff) if path]
+        raise ConfigError(f"no parameter of {' or '.join(paths)} matches --param {arguments.param!r}")
+
+
+def _show_strategy(arguments: argparse.Namespace, strategy: Strategy) -> None:
     from auto_trans.describe import describe_strategy, differences
     from auto_trans.page import write_page
     from auto_trans.storage.sources import find_checkpoints
+    from auto_trans.storage.strategies import read_strategy
 
-    weights = find_checkpoints(arguments.weights)[0] if arguments.weights else None
-    facts = describe_strategy(strategy, weights, arguments.param)
+    other = read_strategy(arguments.diff) if arguments.diff else None
+    if arguments.html and arguments.json:
+        arguments.parser.error("argument --json: not allowed with argument --html")
+    if other is not None and arguments.weights and not arguments.html:
+        arguments.parser.error("argument --weights: not allowed with argument --diff, save with --html")
+    listed = [name for one in (strategy, other) if one is not None for name in (*one.names(), *one.refused)]
+    _check_match(arguments, listed)
+    with in_words({"src": "--weights"}):
+        weights = find_checkpoints(arguments.weights)[0] if arguments.weights else None
+        facts = describe_strategy(strategy, weights, arguments.param)
     if arguments.html:
         write_page(arguments.html, strategy, other, weights, arguments.param)
         print(f"written: {arguments.html}")
@@ -87,10 +119,10 @@ def _show_strategy(arguments: argparse.Namespace, strategy: Any, other: Optional
 
 
 def _print_strategy(facts: dict[str, Any]) -> None:
-    from auto_trans.sizes import format_bytes
+    from auto_trans.sizes import format_bytes, plural
 
-    stages = facts["stages"]
-    print(f"{facts['strategy']}: {facts['world_size']} ranks in {stages} stage{'s' * (stages > 1)}\n")
+    stages = plural(facts["stages"], "stage")
+    print(f"{facts['strategy']}: {plural(facts['world_size'], 'rank')} in {stages}\n")
     rows = [
         (
             p["name"],

@@ -12,7 +12,7 @@ from typing import Optional
 
 from auto_trans import __version__
 from auto_trans.cli import convert, doctor, inspect, merge_lora, merge_safetensors, merge_strategy, verify
-from auto_trans.cli.parsers import FLAGS
+from auto_trans.cli.parsers import empty_argument
 
 __all__ = ["main"]
 
@@ -36,7 +36,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in (convert, inspect, verify, merge_strategy, merge_lora, merge_safetensors, doctor):
         command.add_parser(subparsers)
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
+    empty = empty_argument(argv)
+    if empty:
+        arguments.parser.error(f"{empty} is empty: is a variable of the shell not set?")
     quiet = getattr(arguments, "quiet", False) or getattr(arguments, "json", False)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING if quiet else logging.INFO)
     from auto_trans.errors import AutoTransError
@@ -47,7 +51,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         sys.stdout.flush()
         return code
     except AutoTransError as e:
-        e.told_by(FLAGS)
+        e.told_by(arguments.words)
         if arguments.debug:
             raise
         sys.stderr.write(f"auto-trans: error: {e}\n")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from auto_trans.cli.parsers import add_allowed, add_command
+from auto_trans.cli.parsers import add_allowed, add_command, parse_ranks
+from auto_trans.cli.tables import print_json, report_facts
 
 __all__ = ["add_parser"]
 
@@ -36,20 +37,33 @@ def add_parser(subparsers: Any) -> None:
     add("--dst-strategy", metavar="P", help="strategy of the target (none: one complete file)")
     add("--scaling", required=True, metavar="S", help="lora_alpha/lora_rank, as a number or as 16/8")
     add("--prefix", default="checkpoint_", help="beginning of the file names (default: %(default)s)")
+    add("--ranks", metavar="LIST", help="only these target ranks, e.g. 0-7,12 (default: all)")
+    add(
+        "--step",
+        metavar="E_S",
+        help="the step to take, as in ...-{epoch}_{step}.ckpt (default: the latest of all ranks)",
+    )
     add("--format", choices=["ckpt", "safetensors"], help="format of the files written (default: that of SRC)")
     add("--processes", type=int, default=1, metavar="N", help="worker processes on this machine (default: 1)")
     add_allowed(parser)
     add("--memory", metavar="SIZE", help="memory for the parts that are merged (default: 64MiB)")
     add("--quiet", action="store_true", help="show no progress")
+    add("--json", action="store_true", help="print the report as JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from auto_trans.merge_lora import merge_lora
+    from auto_trans.merge_lora import merge_lora, parse_scaling
+    from auto_trans.sizes import plural
 
     report = merge_lora(
         arguments.src, arguments.dst, arguments.src_strategy, arguments.dst_strategy, scaling=arguments.scaling,
-        prefix=arguments.prefix, format=arguments.format, processes=arguments.processes, memory_limit=arguments.memory,
-        allow_extra=tuple(arguments.allow_extra), allow_missing=tuple(arguments.allow_missing), quiet=arguments.quiet,
+        prefix=arguments.prefix, ranks=parse_ranks(arguments.ranks), step=arguments.step, format=arguments.format,
+        processes=arguments.processes, memory_limit=arguments.memory, allow_extra=tuple(arguments.allow_extra),
+        allow_missing=tuple(arguments.allow_missing), quiet=arguments.quiet or arguments.json,
     )  # fmt: skip
-    print(report)
+    scaling = parse_scaling(arguments.scaling)
+    if arguments.json:
+        print_json({**report_facts(report), "merged": report.with_lora, "scaling": scaling})
+    else:
+        print(f"{report}\n{plural(len(report.with_lora), 'LoRA weight')} merged with scaling {scaling:g}")
     return 0

@@ -26,6 +26,7 @@ def add_parser(subparsers: Any) -> None:
         help="merge distributed weights into complete safetensors files",
         description="Merges distributed weights into safetensors files with the indices of HuggingFace and MindSpore.",
         examples=_EXAMPLES,
+        words={"step": "--file-suffix"},
     )
     add = parser.add_argument
     add("src", metavar="SRC", help="a folder of rank_N folders")
@@ -33,7 +34,10 @@ def add_parser(subparsers: Any) -> None:
     add("--src-strategy", metavar="P", required=True, help="strategy file, merged file or folder of SRC")
     add("--file-suffix", metavar="S", help="end of the file names to take, e.g. 1_1 (default: the latest step)")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a file (default: %(default)s)")
-    add("--filter-out-param-prefix", metavar="P", nargs="*", default=[], help="leave out parameters that begin so")
+    add(
+        "--filter-out-param-prefix", metavar="P", nargs="+", action="extend", default=[],
+        help="leave out parameters that begin so (may be repeated)",
+    )  # fmt: skip
     add("--check-replicas", action="store_true", help="compare all copies of every slice (reads every file whole)")
     add("--processes", type=int, default=1, metavar="N", help="worker processes on this machine (default: 1)")
     add_allowed(parser)
@@ -43,7 +47,7 @@ def add_parser(subparsers: Any) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.merge_safetensors import merge_safetensors
-    from auto_trans.sizes import format_bytes
+    from auto_trans.sizes import format_bytes, plural
 
     report = merge_safetensors(
         arguments.src, arguments.dst, arguments.src_strategy, file_suffix=arguments.file_suffix,
@@ -53,5 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     size = format_bytes(report.total_size)
     kept = f", {report.reused} of them there already" if report.reused else ""
-    print(f"{report.target}: {report.parameters} parameters, {size}, in {len(report.files)} files{kept}")
+    print(
+        f"{report.target}: {plural(report.parameters, 'parameter')}, {size}, in {plural(len(report.files), 'file')}{kept}"
+    )
     return 0

@@ -27,6 +27,7 @@ def add_parser(subparsers: Any) -> None:
         help="merge the strategy files of all pipeline stages",
         description="Merges a folder's strategy files into one that MindSpore's own tools read, too.",
         examples=_EXAMPLES,
+        words={"src": "DIR", "dst": "OUT"},
     )
     parser.add_argument(
         "dir", metavar="DIR", type=Path, help="the folder of the strategy files, of every stage one or more"
@@ -37,12 +38,12 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from auto_trans.sizes import plural
     from auto_trans.storage.strategies import merge_strategies, named_ranks, read_strategy
 
     merged = merge_strategies(arguments.dir, arguments.out)
     strategy = read_strategy(merged)
-    stages = f"{strategy.stages} stage{'s' * (strategy.stages > 1)}"
-    print(f"{merged}: {strategy.world_size} ranks in {stages}")
+    print(f"{merged}: {plural(strategy.world_size, 'rank')} in {plural(strategy.stages, 'stage')}")
     which = f"stages 0 to {strategy.stages - 1}" if strategy.stages > 1 else "stage 0"
     print(f"{which}; the files do not tell whether there are more")
     named = named_ranks(arguments.dir)

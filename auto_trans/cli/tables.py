@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["print_json", "print_table", "ranks_text"]
+if TYPE_CHECKING:
+    from auto_trans.report import ConversionReport
+
+__all__ = ["print_json", "print_table", "ranks_text", "report_facts"]
 
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[int] = ()) -> None:
@@ -27,6 +30,23 @@ def print_table(heads: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequ
 def print_json(content: Any) -> None:
     """Prints facts for other programs."""
     print(json.dumps(content, indent=1))
+
+
+def report_facts(report: ConversionReport) -> dict[str, Any]:
+    """A report as plain data."""
+    return {
+        "source": str(report.source),
+        "target": str(report.target),
+        "files": [vars(record) for record in report.files],
+        "converted": report.converted,
+        "linked": report.linked,
+        "reused": report.reused,
+        "bytes_written": report.bytes_written,
+        "seconds": report.seconds,
+        "carried": report.carried,
+        "absent": report.absent,
+        "dropped": report.dropped,
+    }
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

@@ -19,13 +19,14 @@ from auto_trans.errors import OutputExistsError
 from auto_trans.process import Process
 from auto_trans.storage.files import write_json, write_new
 
-__all__ = ["MANIFEST_NAME", "RECORDS_NAME", "FileRecord", "Manifest", "read_manifest"]
+__all__ = ["MANIFEST_NAME", "RECORDS_NAME", "FileRecord", "Manifest", "read_manifest", "read_records"]
 
 MANIFEST_NAME = "auto_trans_manifest.json"
 RECORDS_NAME = ".auto_trans_records"
 _VERSION = 2
 _CLAIM = "claim"
 _TRIES = 5
+_PENDING = "pending_"
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Manifest:
         They are on record before they bear their names: whenever the process is killed, each is known if it is there.
         """
         name = f"{records[0].file.replace('/', '_')}.json"
-        pending = self._folder / RECORDS_NAME / f"pending_{name}"
+        pending = self._folder / RECORDS_NAME / f"{_PENDING}{name}"
         write_json(pending, self._content(records))
         yield
         with contextlib.suppress(FileNotFoundError):  # these were the last, and another process has finished meanwhile
@@ -173,6 +174,20 @@ class Manifest:
 def read_manifest(folder: Path) -> Optional[list[FileRecord]]:
     """The records of a finished conversion, or None where the folder has no manifest that can be read."""
     return _parse(_load(folder / MANIFEST_NAME))
+
+
+def read_records(folder: Path) -> list[FileRecord]:
+    """The records of a conversion that is not finished, of which a folder has several if it was started with others.
+
+    A file that was about to be published when the process was killed is on record only if it is there.
+    """
+    records: dict[FileRecord, None] = {}
+    for path in sorted((folder / RECORDS_NAME).glob("*.json")):
+        content = _load(path)
+        for record in (_parse(content) or ()) if content.get("version") == _VERSION else ():
+            if not path.name.startswith(_PENDING) or (folder / record.file).exists():
+                records[record] = None
+    return sorted(records, key=lambda record: (record.rank, record.file))
 
 
 def _load(path: Path) -> dict[str, Any]:

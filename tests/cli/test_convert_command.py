@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 
-from auto_trans.cli.convert import parse_ranks
+from auto_trans.cli.parsers import parse_ranks
 from auto_trans.errors import ConfigError
 from auto_trans.storage.manifest import MANIFEST_NAME
 
@@ -173,8 +173,8 @@ def test_json_report(auto_trans, sides):
     [
         (["--ranks", "0-9"], "not in the target, which has ranks 0 to 3"),
         (["--ranks", "a"], "--ranks must be a list such as 0-7,12"),
-        (["--processes", "0"], "processes must be at least 1"),
-        (["--memory", "much"], "memory_limit must be a size"),
+        (["--processes", "0"], "--processes must be at least 1"),
+        (["--memory", "much"], "--memory must be a size"),
         (["--src-strategy", "/nowhere"], "/nowhere is not found"),
     ],
 )
@@ -238,12 +238,12 @@ def test_interrupt_leaves_what_can_be_resumed(auto_trans, bin_folder, tmp_path):
     assert "8 files" in out and "0 reused" not in out
 
 
-@pytest.mark.parametrize("text, ranks", [(None, None), ("3", [3]), ("0-2,12", [0, 1, 2, 12]), (" 1 , 4-4", [1, 4])])
+@pytest.mark.parametrize("text, ranks", [(None, None), ("3", (3,)), ("0-2,12", (0, 1, 2, 12)), (" 1 , 4-4", (1, 4))])
 def test_rank_lists(text, ranks):
     assert parse_ranks(text) == ranks
 
 
 @pytest.mark.parametrize("text", ["", "1-", "3-1", "x", "1,,2"])
 def test_wrong_rank_lists(text):
-    with pytest.raises(ConfigError, match="--ranks must be a list"):
+    with pytest.raises(ConfigError, match="ranks must be a list"):
         parse_ranks(text)

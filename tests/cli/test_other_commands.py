@@ -111,7 +111,7 @@ def test_verify_notices_a_wrong_target_strategy(auto_trans, converted):
 def test_verify_without_manifest(auto_trans, converted):
     folder, _ = converted
     (folder / "auto_trans_manifest.json").unlink()
-    assert "--against" in auto_trans("verify", folder, code=1).stderr
+    assert "(--against)" in auto_trans("verify", folder, code=1).stderr
 
 
 def test_merge_strategy_of_two_nodes(auto_trans, tmp_path):
@@ -171,6 +171,24 @@ def test_doctor_of_a_job_that_is_ready(auto_trans, job):
     assert "8 files readable and complete" in out
     assert "exclude other processes" in out and "is seen whole after" in out
     assert "rank 4     4-7" in out, "the election table"
+    assert "2 converters of 64.0 MiB of memory each" in out and "2 of 8 ranks will convert" in out
+
+
+def test_doctor_leaves_nothing_behind(auto_trans, job, tmp_path):
+    config = job(output_dir=str(tmp_path / "deep" / "output"))
+    before = sorted(tmp_path.rglob("*"))
+    out = auto_trans("doctor", config).stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    assert f"{tmp_path / 'deep' / 'output'} is not there yet; what follows is tried in {tmp_path}" in out
+
+
+def test_doctor_says_where_the_number_of_ranks_contradicts_the_yaml(auto_trans, job):
+    told = "warning  the job is to have 16 ranks, but its YAML makes 8"
+    assert told in auto_trans("doctor", job(), "--world-size", 16).stdout
+    assert "its YAML makes" not in auto_trans("doctor", job(), "--world-size", 8).stdout
+    assert "makes 1" in auto_trans("doctor", job(use_parallel=False), "--world-size", 8).stdout
+    out = auto_trans("doctor", job(parallel_config=None)).stdout
+    assert "does not tell the number of ranks" in out and "will convert" not in out
 
 
 @pytest.mark.parametrize(
@@ -182,11 +200,15 @@ def test_doctor_of_a_job_that_is_ready(auto_trans, job):
         ({"transform_process_num": 3}, "set it to one of 1, 2, 4, 8"),
         ({"transform_process_num": "two"}, "must be a whole number"),
         ({"output_dir": "/proc/none"}, "/proc/none"),
+        ({"auto_trans": {"memory": "1GiB"}}, "auto_trans has no setting memory; it has engine, memory_limit"),
+        ({"use_parallel": "maybe"}, "use_parallel must be True or False, not 'maybe'"),
+        ({"npu_num_per_node": True}, "npu_num_per_node must be a power of 2, not True"),
+        ({"parallel_config": {"data_parallel": "two"}}, "data_parallel must be a whole number of at least 1"),
     ],
 )
 def test_doctor_of_a_job_that_would_fail(auto_trans, job, changes, message):
     out = auto_trans("doctor", job(**changes), code=1).stdout
-    assert "error" in out and message in out
+    assert "error" in out and message in out and "will convert" not in out
 
 
 def test_doctor_of_a_yaml_that_is_none(auto_trans, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
@@ -170,6 +171,40 @@ def test_panels_of_further_dimensions_are_labelled_in_a_real_browser(browse, tmp
     drawn = browse(tmp_path / "page.html", "w")
     assert [len(panel) for panel in drawn.panels] == [2, 2, 4, 4], "both sides have the same axes"
     assert drawn.text.count("dim 2: part 1 of 2") == 2 and drawn.text.count("dim 2: part 2 of 2") == 2
+
+
+def test_page_opens_on_a_weight_of_the_model(browse, tmp_path):
+    names = ("accu_grads.w", "adam_m.w", "w", "z.w")
+    write_page(tmp_path / "page.html", job({name: {0: EXPERT} for name in names}), None)
+    drawn = browse(tmp_path / "page.html", "")
+    assert drawn.options == ["w", "z.w", "accu_grads.w", "adam_m.w"]
+    assert "w" in drawn.text and "z.w" not in drawn.text
+
+
+WIDTHS = "document.title = `${document.documentElement.scrollWidth} ${document.querySelector('svg').clientWidth}`;"
+
+
+@pytest.mark.parametrize("name", ["matrix", "three dims", "optimizer shard"])
+def test_page_fits_a_narrow_screen(browse, tmp_path, name):
+    """A window cannot be as narrow, but a frame can."""
+    long = f"model.{'layers_of_a_long_name.' * 4}{name}"
+    write_page(tmp_path / "inner.html", job({long: {0: LAYOUTS[name]}}), job({long: {0: LAYOUTS[name]}}))
+    page = (tmp_path / "inner.html").read_text() + f"<script>{WIDTHS}</script>"
+    frame = f'<option></option><iframe width="420" height="900" style="border:0" srcdoc="{html.escape(page)}"></iframe>'
+    (tmp_path / "page.html").write_text(frame)
+    script = "onload = () => document.body.append(document.querySelector('iframe').contentDocument.title);"
+    (told,) = browse(tmp_path / "page.html", "", script).text
+    whole, drawn = map(int, told.split())
+    assert whole <= 420 and 140 < drawn < 400
+
+
+def test_bars_of_replicas_have_the_colour_of_their_slice(browse, tmp_path):
+    """Ranks 0 and 1 share a slice, and so do ranks 2 and 3."""
+    write_page(tmp_path / "page.html", job({"w": {0: Layout((2, 2), ((1,), ()))}}), None)
+    hues = "[...document.querySelectorAll('.bar i, .box')].map(e => e.style.getPropertyValue('--hue'))"
+    script = f"document.body.append({hues}.join(' '));"
+    boxes, bars = ["0", "275"], ["0", "0", "275", "275"]
+    assert browse(tmp_path / "page.html", "w", script).text[-1].split() == boxes + bars
 
 
 def test_what_cannot_be_drawn_is_said_in_a_real_browser(browse, tmp_path):
