@@ -82,6 +82,7 @@ def describe_plan(
     """
     todo, plan, request, target = conversion.todo(), conversion.plan, conversion.request, conversion.target
     written = sum(target.size(file) for file in todo)
+    missing = {(file.ranks[0], file.part) for file in todo}
     try:
         conversion.check()
         problem = ""
@@ -98,7 +99,7 @@ def describe_plan(
                 "file": str(target.path(target.name(file.ranks[0], file.part))),
                 "bytes": target.size(file),
                 "source_ranks": sorted({shard.file.rank for shard in file.shards}),
-                "reused": file not in todo,
+                "reused": (file.ranks[0], file.part) not in missing,
             }
             for file in conversion.files
         ],

@@ -111,6 +111,7 @@ def probe_file_system(output: Path) -> list[Check]:
     try:
         with filelock.FileLock(str(lock_path), timeout=5):
             child.start()
+            there.close()  # so that its end is noticed
             if here.recv():
                 checks.append(
                     Check("error", f"locks in {folder} do not exclude", "set output_dir to a file system with locks")

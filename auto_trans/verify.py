@@ -19,7 +19,7 @@ from auto_trans.core.layout import Layout
 from auto_trans.core.planning import make_plan
 from auto_trans.core.rules import NOTHING, Allowed
 from auto_trans.core.source import SlicedSource
-from auto_trans.core.strategy import Strategy
+from auto_trans.core.strategy import Strategy, is_optimizer_state
 from auto_trans.core.tensor import Box, Shape, split_box
 from auto_trans.errors import CheckpointNotFoundError, ConfigError, LayoutError
 from auto_trans.storage.formats.head import FileHead, StoredTensor
@@ -141,16 +141,21 @@ def verify_against(
         names = ", ".join(one.path.name for one in found[:3])
         raise ConfigError(f"{folder} holds {len(found)} complete checkpoints ({names}, ...); give one of the files")
     (made,) = found
-    make_plan(SlicedSource(source, ScannedFiles(original)), target, ranks, allowed=allowed)  # the rules refuse it
+    plan = make_plan(SlicedSource(source, ScannedFiles(original)), target, ranks, allowed=allowed)
+    expected = {rank: {tensor.name for tensor in file.tensors} for file in plan.files for rank in file.ranks}
     sources = [_Held(rank, head) for rank, heads in _heads(original) for head in heads]
     converted = dict(_heads(made))
     differences: list[Difference] = []
+    for rank in converted if ranks is None else ():
+        if rank not in expected:
+            differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is not of this target"))
     compared = 0
     done: set[tuple[str, Box]] = set()
     for rank in range(target.world_size) if ranks is None else ranks:
         if rank not in converted:
             differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is missing"))
             continue
+        differences += _names_that_differ(rank, converted[rank], expected[rank])
         for head in converted[rank]:
             for name, tensor in head.tensors.items():
                 layout = target.layout(name, target.stage_of(rank)) or Layout.whole(target.stage_devices)
@@ -162,6 +167,16 @@ def verify_against(
                     if len(differences) >= limit:
                         return differences, compared
     return differences, compared
+
+
+def _names_that_differ(rank: int, heads: Sequence[FileHead], expected: set[str]) -> Iterator[Difference]:
+    """Parameters that a rank lacks, or has beyond what it should have; weights may be saved without any optimizer state."""
+    held = {name for head in heads for name in head.tensors}
+    if not any(is_optimizer_state(name) for name in held):
+        expected = {name for name in expected if not is_optimizer_state(name)}
+    for names, what in ((expected - held, "is missing"), (held - expected, "should not be there")):
+        for name in sorted(names):
+            yield Difference(rank, str(heads[0].path), name, what)
 
 
 class _Held(NamedTuple):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from typing import Optional
@@ -13,10 +11,9 @@ from typing import Optional
 from auto_trans import __version__
 from auto_trans.cli import convert, doctor, inspect, merge_lora, merge_safetensors, merge_strategy, verify
 from auto_trans.cli.parsers import empty_argument
+from auto_trans.ending import run_command
 
 __all__ = ["main"]
-
-_RESUME = "start it again to go on where it stopped"
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -26,7 +23,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv: The arguments; those of the process by default.
 
     Returns:
-        The exit code: 0 done, 1 failed; argparse exits with 2 on wrong usage.
+        The exit code, see `auto_trans.ending.run_command`; argparse exits with 2 on wrong flags.
     """
     parser = argparse.ArgumentParser(
         prog="auto-trans", description="Converts MindSpore checkpoints from one parallel strategy to another."
@@ -43,39 +40,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         arguments.parser.error(f"{empty} is empty: is a variable of the shell not set?")
     quiet = getattr(arguments, "quiet", False) or getattr(arguments, "json", False)
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING if quiet else logging.INFO)
-    from auto_trans.errors import AutoTransError
-
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        code = int(arguments.run(arguments))
-        sys.stdout.flush()
-        return code
-    except AutoTransError as e:
-        e.told_by(arguments.words)
-        if arguments.debug:
-            raise
-        sys.stderr.write(f"auto-trans: error: {e}\n")
-        return 1
-    except BrokenPipeError:  # whoever read the output has seen enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except _Terminated:
-        sys.stderr.write(f"auto-trans: terminated; {_RESUME}\n")
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        sys.stderr.write(f"auto-trans: interrupted; {_RESUME}\n")
-        # a shell ends its loop only if the command dies by the signal
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-        return 128 + signal.SIGINT
-
-
-class _Terminated(BaseException):
-    """SIGTERM was received; not an Exception, so that nothing takes it for a failure."""
-
-
-def _terminate(*_: object) -> None:
-    raise _Terminated
+    return run_command("auto-trans", lambda: int(arguments.run(arguments)), arguments.words, debug=arguments.debug)
 
 
 if __name__ == "__main__":
