@@ -72,7 +72,7 @@ def examine(
         return [*checks, Check("error", f"{config} cannot be read: {e}", "give the YAML of a MindFormers job")], ()
     found, valid = _settings(settings)
     told, expected = _told_ranks(settings)
-    found += told
+    found += told if told or valid is None else [Check("ok", "the settings are valid")]
     ranks = expected if world_size is None else world_size
     if ranks is None and not told:
         found.append(Check("warning", "the YAML does not tell the number of ranks", "give it: --world-size"))
@@ -201,7 +201,7 @@ def _settings(settings: Mapping[str, Any]) -> tuple[list[Check], Optional[AutoTr
     except AutoTransError as e:
         e.told_by(YAML_KEYS)
         return [*checks, Check("error", str(e))], None
-    return [*checks, Check("ok", "the settings are valid")], config
+    return checks, config
 
 
 def _job(settings: Mapping[str, Any], config: AutoTransConfig, world_size: Optional[int]) -> Iterator[Check]:

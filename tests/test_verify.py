@@ -189,3 +189,13 @@ def test_single_number_that_no_strategy_lists_may_be_another_on_every_rank(tmp_p
     save(tmp_path / "src", held)
     planned(tmp_path / "src", tmp_path / "out", B, B).run(quiet=True)
     assert Converted(tmp_path, B, B).differences()[0] == []
+
+
+def test_copies_of_another_stage_do_not_count(tmp_path):
+    """A weight that two stages share is read from the first, as by the conversion."""
+    pp2 = strategy({"w": {0: MP2, 1: MP2}, "v": {1: MP2}}, stages=2)
+    held = hold({"w": np.arange(8), "v": np.arange(4)}, pp2)
+    held[2]["w"] = held[2]["w"] + 1
+    save(tmp_path / "src", held)
+    planned(tmp_path / "src", tmp_path / "out", pp2, A).run(quiet=True)
+    assert Converted(tmp_path, pp2, A).differences()[0] == []

@@ -167,6 +167,7 @@ def job(genuine, tmp_path):
 def test_doctor_of_a_job_that_is_ready(auto_trans, job):
     out = auto_trans("doctor", job()).stdout
     assert "error" not in out
+    assert "ok       the settings are valid" in out
     assert "source strategy: 8 ranks in 2 stages" in out
     assert "8 files readable and complete" in out
     assert "exclude other processes" in out and "is seen whole after" in out
@@ -209,6 +210,8 @@ def test_doctor_says_where_the_number_of_ranks_contradicts_the_yaml(auto_trans, 
 def test_doctor_of_a_job_that_would_fail(auto_trans, job, changes, message):
     out = auto_trans("doctor", job(**changes), code=1).stdout
     assert "error" in out and message in out and "will convert" not in out
+    invalid = changes.keys() & {"auto_trans", "use_parallel", "npu_num_per_node", "parallel_config"}
+    assert not (invalid and "the settings are valid" in out)
 
 
 def test_doctor_of_a_yaml_that_is_none(auto_trans, tmp_path):
