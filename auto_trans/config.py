@@ -52,6 +52,7 @@ YAML_KEYS = {
     "engine": "auto_trans: {engine: ...}",
     "memory_limit": "auto_trans: {memory_limit: ...}",
     "step": "resume_training",
+    "file_suffix": "resume_training",
     "ranks": "transform_process_num",
     "processes": "transform_process_num",
     # what no job has, but the commands

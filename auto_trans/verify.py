@@ -147,7 +147,7 @@ def verify_against(
     converted = dict(_heads(made))
     differences: list[Difference] = []
     for rank in converted if ranks is None else ():
-        if rank not in expected:
+        if rank >= target.world_size:
             differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is not of this target"))
     compared = 0
     done: set[tuple[str, Box]] = set()
@@ -155,7 +155,7 @@ def verify_against(
         if rank not in converted:
             differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is missing"))
             continue
-        differences += _names_that_differ(rank, converted[rank], expected[rank])
+        differences += _missing(rank, converted[rank], expected.get(rank, set()))
         for head in converted[rank]:
             for name, tensor in head.tensors.items():
                 layout = target.layout(name, target.stage_of(rank)) or Layout.whole(target.stage_devices)
@@ -169,14 +169,13 @@ def verify_against(
     return differences, compared
 
 
-def _names_that_differ(rank: int, heads: Sequence[FileHead], expected: set[str]) -> Iterator[Difference]:
-    """Parameters that a rank lacks, or has beyond what it should have; weights may be saved without any optimizer state."""
+def _missing(rank: int, heads: Sequence[FileHead], expected: set[str]) -> Iterator[Difference]:
+    """Parameters that a rank lacks; weights may be saved without any optimizer state."""
     held = {name for head in heads for name in head.tensors}
     if not any(is_optimizer_state(name) for name in held):
         expected = {name for name in expected if not is_optimizer_state(name)}
-    for names, what in ((expected - held, "is missing"), (held - expected, "should not be there")):
-        for name in sorted(names):
-            yield Difference(rank, str(heads[0].path), name, what)
+    for name in sorted(expected - held):
+        yield Difference(rank, str(heads[0].path), name, "is missing")
 
 
 class _Held(NamedTuple):

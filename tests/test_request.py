@@ -28,14 +28,15 @@ DECIDES = {
     "prefix": "other_",
     "format": "safetensors",
     "shard_size": 1000,
+    "engine": "mindspore",
 }
 DOES_NOT = {
     "src": Path("elsewhere"),
     "dst": Path("elsewhere"),
     "ranks": (1,),
     "step": "1_1",
+    "file_suffix": "1_1",
     "resume_file": "net_rank_0-1_1.ckpt",
-    "engine": "mindspore",
     "by_rank": True,
     "processes": 4,
     "memory_limit": 1 << 20,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from auto_trans import verify
 from auto_trans.core.layout import Layout
+from auto_trans.core.plan import Plan
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import CheckpointNotFoundError, ConfigError
 from auto_trans.storage.manifest import MANIFEST_NAME, FileRecord, Manifest, read_records
@@ -108,7 +109,7 @@ def test_slice_that_no_source_rank_holds_is_not_taken_for_equal(converted, monke
     (converted.original.path / "rank_1" / "net_rank_1-1_1.ckpt").unlink()
     (converted.original.path / "rank_1").rmdir()
     (half,) = find_checkpoints(converted.original.path)
-    monkeypatch.setattr(verify, "make_plan", lambda *args, **options: None)
+    monkeypatch.setattr(verify, "make_plan", lambda *args, **options: Plan(()))
     differences, _ = verify_against(converted.out, half, A, B)
     assert [(d.rank, d.parameter) for d in differences] == [(0, "w"), (1, "w"), (1, "v")]
     assert all(d.what == "is not covered by the source ranks that are there" for d in differences)

@@ -26,7 +26,7 @@ def add_parser(subparsers: Any) -> None:
         help="merge distributed weights into complete safetensors files",
         description="Merges distributed weights into safetensors files with the indices of HuggingFace and MindSpore.",
         examples=_EXAMPLES,
-        words={"step": "--file-suffix"},
+        words={"file_suffix": "--file-suffix"},
     )
     add = parser.add_argument
     add("src", metavar="SRC", help="a folder of rank_N folders")

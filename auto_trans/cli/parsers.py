@@ -20,6 +20,7 @@ FLAGS = {
     "allow_missing": "--allow-missing GLOB",
     "ranks": "--ranks",
     "step": "--step",
+    "file_suffix": "--file-suffix",
     "prefix": "--prefix",
     "format": "--format",
     "engine": "--engine",

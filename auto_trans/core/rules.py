@@ -235,6 +235,7 @@ class _Sorter:
         lacking = [n for n in names if not owner_of(n, self._known) and not _matches(n, self._allowed.missing)]
         # what is merged may have been saved in part, of all layers alike; what a job lists it needs, unless it is added
         wrong = [n for n in lacking if kind_of(n) in held or not (self._target.is_complete or _ADDED.search(n))]
+        wrong.sort(key=lambda name: kind_of(name) not in held)
         if wrong:
             beside = ", though it holds the same parameter of other layers" if kind_of(wrong[0]) in held else ""
             raise PlanError(

@@ -66,7 +66,7 @@ def choose_step(candidates: Candidates, step: str) -> dict[int, list[Path]]:
     """
     if not re.fullmatch(r"\d+_\d+", step):
         raise ConfigError(f"«step» must be an epoch and a step such as 3_200, not {step!r}")
-    return _choose(candidates, lambda file: str(_step_of(file)) == step, f"step {step} («step»)")
+    return _choose(candidates, lambda file: str(_step_of(file)) == step, f"step {step}", "«step»")
 
 
 def choose_suffix(candidates: Candidates, suffix: str) -> dict[int, list[Path]]:
@@ -76,16 +76,16 @@ def choose_suffix(candidates: Candidates, suffix: str) -> dict[int, list[Path]]:
         CheckpointNotFoundError: A rank has none.
     """
     if re.fullmatch(r"\d+_\d+", suffix):
-        return _choose(candidates, lambda file: str(_step_of(file)) == suffix, f"step {suffix} («file_suffix»)")
-    return _choose(candidates, lambda file: file.stem.endswith(suffix), f"ending {suffix} («file_suffix»)")
+        return _choose(candidates, lambda file: str(_step_of(file)) == suffix, f"step {suffix}", "«file_suffix»")
+    return _choose(candidates, lambda file: file.stem.endswith(suffix), f"the ending {suffix}", "«file_suffix»")
 
 
-def _choose(candidates: Candidates, is_meant: Callable[[Path], bool], what: str) -> dict[int, list[Path]]:
+def _choose(candidates: Candidates, is_meant: Callable[[Path], bool], what: str, setting: str) -> dict[int, list[Path]]:
     chosen = {rank: [file for file in files if is_meant(file)] for rank, files in candidates.items()}
     for rank, files in candidates.items():
         if not chosen[rank]:
             raise CheckpointNotFoundError(
-                f"{files[0].parent} holds no file of {what}; there are {', '.join(f.name for f in files)}"
+                f"{files[0].parent} holds no file of {what}; there are {', '.join(f.name for f in files)} ({setting})"
             )
     return chosen
 

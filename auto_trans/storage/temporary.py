@@ -95,7 +95,7 @@ def _writer(match: re.Match[str]) -> Optional[Process]:
 def _is_abandoned(file: Path, writer: Optional[Process]) -> bool:
     stat = file.stat()
     # a link to an older file is as old as that, but its state changed when it was made
-    silent = time.time() - max(stat.st_mtime, stat.st_ctime)
+    silent = time.time() - (stat.st_mtime if stat.st_nlink == 1 else max(stat.st_mtime, stat.st_ctime))
     gone = writer.is_dead() if writer else silent > SILENT_SECONDS
     return gone and _is_unlocked(file)
 

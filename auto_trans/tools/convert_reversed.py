@@ -33,7 +33,7 @@ _FLAGS = {
     "src": "--mindspore_ckpt_dir",
     "dst": "--tmp_dir",
     "src_strategy": "--src_strategy_dirs",
-    "step": "--file_suffix",
+    "file_suffix": "--file_suffix",
     "max_shard_size": "--max_shard_size",
 }
 

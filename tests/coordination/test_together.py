@@ -429,3 +429,26 @@ def test_converter_whose_strategy_differs_from_that_of_rank_0_is_told(launch):
     ends = job.start(by_rank={2: {"strategy": str(job.weights.strategy("dp2mp2"))}}).ends()
     assert all(code == 1 for code, _ in ends.values())
     assert "rank 2 would convert something else than rank 0" in ends[0][1]
+
+
+def test_matching_strategy_of_a_source_that_lacks_layers_is_refused_as_in_a_conversion(launch, tmp_path):
+    """Linked, the layers would keep their initial values without a word."""
+    job = launch().compile(SOURCE)
+    shutil.copytree(job.settings["source"], tmp_path / "source")
+    for folder in (tmp_path / "source").iterdir():
+        (file,) = folder.iterdir()
+        rewrite(file, lambda held: [held.pop(name) for name in list(held) if "layers.1." in name])
+    all_refuse(job.start(source=str(tmp_path / "source")), "lacks parameter model.layers.1.")
+
+
+def test_matching_files_from_which_redundancy_was_removed_are_converted_not_linked(launch, tmp_path):
+    """One rank's file lacks what another holds for it."""
+    job = launch().compile("dp2mp1")
+    job.settings["world_size"] = 2
+    held = job.weights.slices("dp2mp1")
+    del held[1]["model.norm_out.weight"]
+    source = oracle.save_genuine(tmp_path / "source", held, job.weights.dtypes)
+    job.start(source=str(source), strategy=str(job.weights.strategy("dp2mp1")), processes=1).succeeds()
+    assert not job.report()["matches"]
+    (file,) = (job.output / "transformed_checkpoint" / "source" / "rank_1").iterdir()
+    assert "model.norm_out.weight" in oracle.read_raw(file)

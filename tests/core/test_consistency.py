@@ -8,8 +8,9 @@ import pytest
 from builders import Index, hold, source_of, strategy
 
 from auto_trans import read_strategy
-from auto_trans.core.consistency import Network, check_heads, check_network, check_shapes
+from auto_trans.core.consistency import Network, check_heads, check_names, check_network, check_shapes
 from auto_trans.core.layout import Layout
+from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import PlanError
 
@@ -118,3 +119,43 @@ def test_network_may_hold_the_whole_or_what_it_was_compiled_for(shape, sliced, c
         PlanError, match=r"w is .* in the network, but by the source strategy src its slices make up \[8, 2\]"
     ):
         check_network(network, planned, "src")
+
+
+@pytest.mark.parametrize("weight, bias", [((4, 2, 6), (1, 4, 1, 2)), ((6, 4), (6,))])
+def test_bias_of_experts_has_dimensions_of_one(weight, bias):
+    whole = {"d.weight": WHOLE2, "d.bias": WHOLE2}
+    full = {"d.weight": np.zeros(weight), "d.bias": np.zeros(bias)}
+    shapes_under(whole, full, whole)
+
+
+def test_feed_forward_may_be_fused_with_its_gate():
+    full = {"ffn.w1.weight": np.zeros((12, 4)), "ffn.w2.weight": np.zeros((4, 6))}
+    shapes_under(dict.fromkeys(full, WHOLE2), full, dict.fromkeys(full, WHOLE2))
+
+
+def test_vocabulary_may_be_padded_but_is_no_multiple_of_itself():
+    full = {"model.tok_embeddings.embedding_weight": np.zeros((8, 3)), "lm_head.weight": np.zeros((8, 3))}
+    with pytest.raises(
+        PlanError, match=r"model\.tok_embeddings\.embedding_weight is \[16, 3\].*lm_head\.weight \[8, 3\]"
+    ):
+        shapes_under(
+            {"model.tok_embeddings.embedding_weight": MP2, "lm_head.weight": WHOLE2}, full, dict.fromkeys(full, WHOLE2)
+        )
+    padded = {**full, "lm_head.weight": np.zeros((10, 3))}
+    shapes_under(dict.fromkeys(full, WHOLE2), padded, dict.fromkeys(full, WHOLE2))
+
+
+def test_what_is_allowed_is_not_judged_by_its_shape():
+    full = {"w": np.zeros((4, 2)), "adam_m.w": np.zeros((4, 2))}
+    source = source_of(strategy(dict.fromkeys(full, MP2)), hold(full, strategy({"w": MP2, "adam_m.w": WHOLE2})))
+    with pytest.raises(PlanError):
+        check_shapes(source)
+    check_shapes(source, Allowed(extra=("adam_m.w",)))
+
+
+def test_parameter_that_lies_with_a_later_rank_only_is_told():
+    a = strategy({"w": WHOLE2})
+    held = hold({"w": np.zeros(4)}, a)
+    held[1]["extra.weight"] = np.zeros((2, 2))
+    with pytest.raises(PlanError, match=r"extra\.weight is in rank_1/x\.ckpt, but not in the first file of its stage"):
+        check_names(source_of(a, held), Index(held))

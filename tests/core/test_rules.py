@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from builders import hold, plan_of, strategy
 
+from auto_trans.core.edits import AddLora
 from auto_trans.core.layout import Layout
 from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import PlanError
+from auto_trans.errors import ConfigTypeError, PlanError
 
 MP2, WHOLE2 = Layout((2,), ((0,),)), Layout((2,), ((),))
 COMPLETE = Strategy.complete()
@@ -142,3 +143,64 @@ def test_errors_name_settings_as_the_user_knows_them():
     assert "allow_extra" in str(caught.value) and "«" not in str(caught.value)
     caught.value.told_by({"allow_extra": "--allow-extra GLOB", "dst_strategy": "--dst-strategy"})
     assert "--allow-extra GLOB" in str(caught.value) and "--dst-strategy" in str(caught.value)
+
+
+def test_job_that_trains_only_lora_weights_drops_the_moments_of_the_others():
+    trained = {"model.layers.0.wq.lora_a": np.zeros((4, 2)), "adam_m.model.layers.0.wq.lora_a": np.zeros((4, 2))}
+    held = {**layers(0), "adam_m.model.layers.0.wq.weight": np.zeros((4, 2))}
+    for source in (COMPLETE, strategy(dict.fromkeys(held, MP2))):
+        plan = plan_of(source, strategy(dict.fromkeys([*layers(0), *trained], MP2)), hold(held, source))
+        assert plan.dropped == ("adam_m.model.layers.0.wq.weight",)
+        assert plan.absent == tuple(sorted(trained))
+
+
+@pytest.mark.parametrize(
+    "state", ["exp_avg.", "exp_avg_sq.", "exp_avg_sq_row_", "exp_avg_insta_col_", "pma_weight_", "muon."]
+)
+def test_state_of_every_optimizer_is_dropped_for_inference(state):
+    held = {**layers(0), f"{state}model.layers.0.wq.weight": np.zeros((4, 2))}
+    a = strategy(dict.fromkeys(held, MP2))
+    plan = plan_of(a, strategy(dict.fromkeys(layers(0), MP2)), hold(held, a))
+    assert plan.dropped == (f"{state}model.layers.0.wq.weight",)
+
+
+@pytest.mark.parametrize("name, array", [("freqs_cos", np.arange(8).reshape(4, 2)), ("global_step", np.array([3]))])
+def test_buffer_or_number_that_only_the_target_lists_is_taken_as_whole(name, array):
+    a = strategy(dict.fromkeys(layers(0), MP2))
+    target = strategy({**dict.fromkeys(layers(0), MP2), name: WHOLE2})
+    plan = plan_of(a, target, hold({**layers(0), name: array}, a))
+    assert any(t.name == name for t in plan.files[0].tensors)
+    assert [pair[0].tensor.name for pair in plan.replicated] == ([name] if array.size > 1 else [])
+
+
+def test_weight_that_only_the_target_lists_must_be_allowed():
+    a = strategy(dict.fromkeys(layers(0), MP2))
+    target = strategy({**dict.fromkeys(layers(0), MP2), "lm_head.weight": MP2})
+    held = hold({**layers(0), "lm_head.weight": np.arange(8).reshape(4, 2)}, a)
+    with pytest.raises(PlanError, match=r"lm_head\.weight is in the source and in the target strategy.*allow_extra"):
+        plan_of(a, target, held)
+    plan = plan_of(a, target, held, allowed=Allowed(extra=("lm_head.*",)))
+    assert [t.shape for t in plan.files[0].tensors if t.name == "lm_head.weight"] == [(2, 2)]
+
+
+def test_head_that_the_source_lacks_is_refused_though_it_has_no_layers():
+    target = strategy({**dict.fromkeys(layers(0), MP2), "lm_head.weight": MP2})
+    with pytest.raises(PlanError, match=r"lacks parameter lm_head\.weight: .*allow_missing"):
+        plan_of(COMPLETE, target, {0: layers(0)})
+    plan = plan_of(COMPLETE, target, {0: layers(0)}, allowed=Allowed(missing=("lm_head.weight",)))
+    assert plan.absent == ("lm_head.weight",)
+
+
+def test_matrices_of_a_product_that_no_strategy_lists_are_compared():
+    names = {"w.weight": np.zeros((4, 4)), "w.lora_A.weight": np.ones((2, 4)), "w.lora_B.weight": np.ones((4, 2))}
+    a = strategy({"w.weight": MP2})
+    plan = plan_of(a, COMPLETE, hold(names, a), edits=[AddLora(2.0)])
+    assert {pair[0].tensor.name for pair in plan.replicated} == {"w.lora_A.weight", "w.lora_B.weight"}
+
+
+def test_single_pattern_may_be_a_string_and_what_matches_nothing_is_said():
+    assert Allowed.of("*.cos", ()).extra == ("*.cos",)
+    with pytest.raises(ConfigTypeError, match="allow_extra must be patterns"):
+        Allowed.of([3], ())
+    plan = plan_complete(layers(0), layers(0), allowed=Allowed(extra=("*.nosuch",)))
+    assert plan.warnings == ("no parameter matches *.nosuch, which is allowed",)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from auto_trans.errors import CheckpointNotFoundError, UnsupportedCheckpointError
+from auto_trans.errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedCheckpointError
 from auto_trans.storage.sources import find_checkpoints
 
 
@@ -132,4 +132,22 @@ def test_step_is_the_whole_step(make):
 
 def test_what_is_no_step_is_the_end_of_the_names(make):
     path = make(*(f"rank_{r}/net_{r}_{kind}.ckpt" for r in (0, 1) for kind in ("best", "last")))
-    assert chosen(path, step="best") == {0: "net_0_best.ckpt", 1: "net_1_best.ckpt"}
+    assert chosen(path, suffix="best") == {0: "net_0_best.ckpt", 1: "net_1_best.ckpt"}
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (("rank_0/n_rank_0-1_1.ckpt", "rank_0/n_rank_1-1_1.ckpt"), r"n_rank_1-1_1\.ckpt is named after another rank"),
+        (("rank_0/n_rank_1-1_1.ckpt", "rank_1/n_rank_0-1_1.ckpt"), "is named after another rank than its folder"),
+        (("rank_0/a_rank_0-1_1.ckpt", "rank_0/b_rank_0-1_1.ckpt"), "are of the same step, 1_1"),
+    ],
+)
+def test_mixed_up_files_are_refused(make, names, message):
+    with pytest.raises(CheckpointError, match=message):
+        find_checkpoints(make(*names))
+
+
+def test_step_is_an_epoch_and_a_step(make):
+    with pytest.raises(ConfigError, match=r"step must be an epoch and a step such as 3_200, not '200'"):
+        find_checkpoints(make("rank_0/n_rank_0-1_1200.ckpt"), step="200")
