@@ -96,9 +96,8 @@ class Conversion:
         self.target.check(self.files)
         todo = self.todo(files)
         # beyond its default the limit allows more, but nothing takes it
-        check_memory(
-            min(self.request.memory_limit, DEFAULT_MEMORY), neighbours * max(min(self.request.processes, len(todo)), 1)
-        )
+        processes = neighbours * max(min(self.request.processes, len(todo)), 1)
+        check_memory(min(self.request.memory_limit, DEFAULT_MEMORY), processes)
         check_disk(self.request.dst, int(sum(self.target.size(file) for file in todo) / part))
         if heads:
             check_heads(self.request.from_strategy, self._heads)

@@ -157,7 +157,7 @@ def _probe_child(pipe: Any, lock_path: str, word: str) -> None:
 
 
 def _environment() -> Iterator[Check]:
-    from auto_trans.hooks.finder import _Finder
+    from auto_trans.hooks.finder import is_installed
 
     version = sys.version.split()[0]
     yield Check("ok", f"Python {version}")
@@ -175,7 +175,7 @@ def _environment() -> Iterator[Check]:
             yield Check("ok", f"{package} {found}")
     if os.environ.get("AUTO_TRANS_DISABLE", "0") not in ("", "0"):
         yield Check("warning", "the hook is turned off by AUTO_TRANS_DISABLE", "unset it")
-    elif any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    elif is_installed():  # type: ignore[no-untyped-call]
         yield Check("ok", "the hook is active in this environment")
     else:
         yield Check(

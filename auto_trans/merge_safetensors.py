@@ -23,8 +23,9 @@ from auto_trans.errors import ConfigError
 from auto_trans.log import logger
 from auto_trans.request import Request, as_path
 from auto_trans.storage.formats import scan
+from auto_trans.storage.names import HYPER_PARAMETERS
 from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy
-from auto_trans.storage.targets import HYPER_PARAMETERS, SafetensorsSet
+from auto_trans.storage.targets import SafetensorsSet
 
 __all__ = ["MergeReport", "merge_safetensors", "parse_shard_size"]
 

@@ -30,9 +30,9 @@ from auto_trans.report import ConversionReport
 from auto_trans.request import Request
 from auto_trans.sizes import format_bytes
 from auto_trans.storage.files import write_json
+from auto_trans.storage.names import rank_file
 from auto_trans.storage.sources import Checkpoint, ScannedFiles, find_sources
 from auto_trans.storage.strategies import merge_strategies
-from auto_trans.storage.targets import rank_file
 
 __all__ = ["REPORT_NAME", "SharedConversion", "convert_together"]
 

@@ -62,6 +62,9 @@ def add_parser(subparsers: Any) -> None:
     add("--memory", metavar="SIZE", help="memory of a process, e.g. 512MiB (default: 64MiB)")
     add("--engine", default="native", choices=["native", "mindspore"], help="who converts (default: %(default)s)")
     add_allowed(parser)
+    add(
+        "--check-replicas", action="store_true", help="compare all copies of every slice first (reads every file whole)"
+    )
     add("--no-reuse", action="store_true", help="convert again what is complete already")
     add("--dry-run", action="store_true", help="show the plan and whether it could succeed; convert nothing")
     add("--measure", action="store_true", help="with --dry-run: write 32 MiB beside DST to estimate the time")
@@ -106,7 +109,7 @@ def _request(arguments: argparse.Namespace) -> Request:
         ranks=parse_ranks(arguments.ranks), prefix=arguments.prefix, format=arguments.format,
         allowed=Allowed(tuple(arguments.allow_extra), tuple(arguments.allow_missing)), step=arguments.step,
         engine=arguments.engine, processes=arguments.processes, memory_limit=parse_memory(arguments.memory),
-        reuse=not arguments.no_reuse,
+        check_replicas=arguments.check_replicas, reuse=not arguments.no_reuse,
     )  # fmt: skip
 
 

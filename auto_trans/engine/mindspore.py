@@ -16,8 +16,8 @@ from auto_trans.core.strategy import Strategy
 from auto_trans.engine.base import ConversionTask, Progress
 from auto_trans.errors import ConfigError
 from auto_trans.storage.manifest import FileRecord
+from auto_trans.storage.names import rank_file
 from auto_trans.storage.strategies import single_file
-from auto_trans.storage.targets import rank_file
 
 __all__ = ["MindSporeEngine"]
 

@@ -7,7 +7,7 @@ has loaded anyway.
 import os
 import sys
 
-__all__ = ["WATCHED", "install"]
+__all__ = ["WATCHED", "install", "is_installed"]
 
 WATCHED = frozenset(
     {
@@ -58,8 +58,13 @@ class _Loader:
         patch(module)
 
 
+def is_installed():
+    """Whether the hook sees modules as they are imported."""
+    return any(isinstance(finder, _Finder) for finder in sys.meta_path)
+
+
 def install():
     """Has the hook see MindFormers' modules as they are imported; does nothing with ``AUTO_TRANS_DISABLE=1``."""
     disabled = os.environ.get("AUTO_TRANS_DISABLE", "0") not in ("", "0")
-    if not disabled and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    if not disabled and not is_installed():
         sys.meta_path.insert(0, _Finder())

@@ -11,7 +11,7 @@ from typing import Optional
 from auto_trans.errors import CheckpointNotFoundError, CorruptCheckpointError
 from auto_trans.log import logger
 from auto_trans.storage.formats.head import FileHead
-from auto_trans.storage.targets import HYPER_PARAMETERS
+from auto_trans.storage.names import HYPER_PARAMETERS
 
 __all__ = ["check_against_index", "find_shards", "is_index", "is_lone_shard", "is_one_of_several"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Optional
@@ -13,12 +12,11 @@ from auto_trans.core.strategy import is_optimizer_state
 from auto_trans.errors import CheckpointError, ConfigError
 from auto_trans.storage.formats import FORMATS, scan
 from auto_trans.storage.formats.head import FileHead
+from auto_trans.storage.names import RANK_FOLDER, RANK_IN_NAME
 from auto_trans.storage.readers import LocalReader
 
 __all__ = ["check_not_a_slice"]
 
-_RANK_FOLDER = re.compile(r"^rank_(\d+)$")
-_RANK_IN_NAME = re.compile(r"_rank_\d+")
 # slices of a weight differ from their first bytes on
 _SAMPLE_BYTES = 4 * 1024
 
@@ -51,15 +49,13 @@ def check_not_a_slice(file: Path) -> None:
 
 def _find_sibling(file: Path) -> Optional[Path]:
     """The file of the same step in the last of the other rank folders."""
-    own = _RANK_FOLDER.match(file.parent.name)
+    own = RANK_FOLDER.match(file.parent.name)
     if own is None:
         return None
-    folders = [
-        f for f in file.parent.parent.iterdir() if _RANK_FOLDER.match(f.name) and f != file.parent and f.is_dir()
-    ]
+    folders = [f for f in file.parent.parent.iterdir() if RANK_FOLDER.match(f.name) and f != file.parent and f.is_dir()]
     for folder in sorted(folders, key=lambda f: int(f.name[len("rank_") :]), reverse=True):
         rank = folder.name[len("rank_") :]
-        same = folder / _RANK_IN_NAME.sub(f"_rank_{rank}", file.name)
+        same = folder / RANK_IN_NAME.sub(f"_rank_{rank}", file.name)
         lone = [f for f in folder.iterdir() if f.suffix[1:] in FORMATS and not f.name.startswith(".")]
         if same.is_file() or len(lone) == 1:
             return same if same.is_file() else lone[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from auto_trans.errors import (
 from auto_trans.log import logger
 from auto_trans.storage.formats import FORMATS, Format, format_of, scan
 from auto_trans.storage.formats.head import FileHead, StoredTensor
+from auto_trans.storage.names import RANK_FOLDER
 from auto_trans.storage.sharded import check_against_index, find_shards, is_index, is_lone_shard, is_one_of_several
 from auto_trans.storage.siblings import check_not_a_slice
 from auto_trans.storage.steps import check_names, choose_latest, choose_resumed, choose_step, choose_suffix
@@ -32,7 +32,6 @@ __all__ = ["Checkpoint", "PathLike", "ScannedFiles", "StrategyLike", "as_strateg
 PathLike = Union[str, "os.PathLike[str]"]
 StrategyLike = Union[str, "os.PathLike[str]", Strategy, None]
 
-_RANK_FOLDER = re.compile(r"^rank_([0-9]+)$")
 _SUFFIXES = tuple(format.suffix for format in FORMATS.values())
 # weights of other libraries, which often lie beside safetensors files
 _FOREIGN = (".bin", ".pt", ".pth")
@@ -245,7 +244,7 @@ def _rank_folders(path: Path) -> dict[int, Path]:
     """The rank folders in a folder, by rank."""
     folders: dict[int, Path] = {}
     for child in path.iterdir():
-        match = _RANK_FOLDER.match(child.name)
+        match = RANK_FOLDER.match(child.name)
         if match:
             rank = int(match[1])
             if not child.is_dir():

@@ -13,10 +13,10 @@ from typing import Callable, NamedTuple, Optional
 
 from auto_trans.errors import CheckpointError, CheckpointNotFoundError, ConfigError
 from auto_trans.log import logger
+from auto_trans.storage.names import RANK_IN_NAME
 
 __all__ = ["check_names", "choose_latest", "choose_resumed", "choose_step", "choose_suffix"]
 
-_RANK_IN_NAME = re.compile(r"_rank_\d+")
 _STEP = re.compile(r"(?:_rank_\d+_(?P<task>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)\.\w+$")
 
 # rank -> the files in its folder, by name
@@ -43,8 +43,8 @@ def check_names(candidates: Candidates) -> None:
     for rank, files in candidates.items():
         by_step: dict[_Step, Path] = {}
         for file in files:
-            named = _RANK_IN_NAME.search(file.name)
-            if named is not None and int(named.group()[len("_rank_") :]) != rank:
+            named = RANK_IN_NAME.search(file.name)
+            if named is not None and int(named[1]) != rank:
                 raise CheckpointError(
                     f"{file} is named after another rank than its folder: files are mixed up; move it to the folder of its "
                     f"rank, or rename it if it really is that of rank {rank}"
@@ -99,7 +99,7 @@ def choose_resumed(candidates: Candidates, resume_file: str) -> dict[int, Path]:
     wanted = Path(resume_file).name
     chosen = {}
     for rank, files in candidates.items():
-        chosen[rank] = files[0].parent / _RANK_IN_NAME.sub(f"_rank_{rank}", wanted)
+        chosen[rank] = files[0].parent / RANK_IN_NAME.sub(f"_rank_{rank}", wanted)
         if chosen[rank] not in files:
             raise CheckpointNotFoundError(
                 f"{chosen[rank]}, the step that resume_training names, is not found for rank {rank}; there are "

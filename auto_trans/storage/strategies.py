@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Union
 
 from auto_trans.core.layout import Layout
-from auto_trans.core.strategy import Strategy
+from auto_trans.core.strategy import Strategy, is_accumulated_gradient
 from auto_trans.errors import ConfigError, OutputExistsError, StrategyError, StrategyNotFoundError
 from auto_trans.log import logger
 from auto_trans.storage.files import new_file
@@ -142,7 +142,7 @@ def named_ranks(folder: PathLike) -> frozenset[int]:
 
 def _write_merged(by_stage: Mapping[int, _Found], folder: Path, output: Path) -> None:
     strategy = _assemble(by_stage.values(), folder)
-    if strategy.stages == 1 and any(name.startswith("accu_grads.") for name in (*strategy.layouts, *strategy.refused)):
+    if strategy.stages == 1 and any(map(is_accumulated_gradient, (*strategy.layouts, *strategy.refused))):
         logger.warning(
             "%s holds one pipeline stage, but lists accu_grads.*, as the stages of a pipeline job do (or gradient "
             "accumulation): if the job has more stages, gather the strategy files of all nodes in this folder and merge "

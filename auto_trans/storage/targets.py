@@ -6,7 +6,6 @@ finished. It is picklable: worker processes write to the same target.
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -18,21 +17,10 @@ from auto_trans.errors import OutputError, OutputExistsError
 from auto_trans.storage.files import NewFile, replicate, write_json
 from auto_trans.storage.formats import FORMATS, Format, encoded_size
 from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, FileRecord, Manifest
+from auto_trans.storage.names import HYPER_PARAMETERS, INDEX_NAMES, RANK_FOLDER, rank_file
 from auto_trans.storage.temporary import sweep
 
-__all__ = ["HYPER_PARAMETERS", "INDEX_NAMES", "RankFolders", "SafetensorsSet", "Target", "rank_file"]
-
-HYPER_PARAMETERS = "hyper_param.safetensors"
-# that of HuggingFace, and the same map for mindspore.load_distributed_checkpoint(unified_safetensors_dir=...)
-INDEX_NAMES = ("model.safetensors.index.json", "param_name_map.json")
-
-
-_RANK_FOLDER = re.compile(r"^rank_(\d+)$")
-
-
-def rank_file(folder: Path, prefix: str, rank: int, suffix: str = ".ckpt") -> Path:
-    """Where the slice of ``rank`` lies in a target folder: ``rank_N/{prefix}N.ckpt``, as MindFormers expects it."""
-    return folder / f"rank_{rank}" / f"{prefix}{rank}{suffix}"
+__all__ = ["RankFolders", "SafetensorsSet", "Target"]
 
 
 class Target(ABC):
@@ -187,7 +175,7 @@ class RankFolders(Target):
                 there = _contents(self.folder / f"rank_{rank}")
                 _refuse(next((f for f in there if f.suffix[1:] in FORMATS and f != ours), None))
         for child in _contents(self.folder):
-            found = _RANK_FOLDER.match(child.name)
+            found = RANK_FOLDER.match(child.name)
             if found and int(found[1]) >= self._world_size:
                 _refuse(next((f for f in _contents(child) if f.suffix[1:] in FORMATS), None))
         self._refuse_rival()

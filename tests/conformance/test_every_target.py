@@ -20,7 +20,8 @@ from auto_trans.errors import OutputExistsError
 from auto_trans.process import Process
 from auto_trans.storage.formats import FORMATS, scan
 from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, read_manifest
-from auto_trans.storage.targets import INDEX_NAMES, RankFolders, SafetensorsSet, Target
+from auto_trans.storage.names import INDEX_NAMES
+from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 from auto_trans.storage.temporary import temporary_name
 
 FULL = {

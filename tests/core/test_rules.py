@@ -51,7 +51,8 @@ def test_accumulated_gradients_tell_that_it_is_a_stage_of_a_pipeline():
         ("lm_head.weight", np.zeros((4, 2))),  # a matrix without siblings
         ("norm_out.weight", np.zeros(4)),  # a vector that is named as a weight
         ("lm_head.bias", np.zeros(4)),
-        ("adam_m.model.layers.0.wq.weight", np.zeros((4, 2))),  # a moment, where the target trains
+        ("adam_m.model.layers.0.wq.weight", np.zeros((4, 2))),  # a moment, where the target trains the weight
+        ("adam_m.lm_head.weight", np.zeros((4, 2))),  # a moment of a weight of another stage
         ("muon.model.layers.0.wq.weight", np.zeros(4)),  # the state of another optimizer, by the weight's name
         ("model.layers.7.scale", np.zeros(())),  # a single number, but its siblings are listed
         ("rotary_proj.weight", np.zeros((4, 2))),  # named like a buffer and a weight

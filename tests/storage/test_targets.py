@@ -18,7 +18,8 @@ from auto_trans.errors import ConfigError, OutputError, OutputExistsError
 from auto_trans.storage.files import write_json
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, FileRecord, Manifest, read_manifest
-from auto_trans.storage.targets import HYPER_PARAMETERS, INDEX_NAMES, RankFolders, SafetensorsSet, rank_file
+from auto_trans.storage.names import HYPER_PARAMETERS, INDEX_NAMES, rank_file
+from auto_trans.storage.targets import RankFolders, SafetensorsSet
 
 SLICED = strategy({name: Layout((1,)) for name in ("a", "b", "c", "d")})
 
