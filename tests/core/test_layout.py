@@ -102,6 +102,16 @@ def test_optimizer_shard_splits_among_replicas_in_ascending_order():
     assert [layout.cell(rank, 2)[0] for rank in range(8)] == [0, 2, 1, 3, 0, 2, 1, 3]
 
 
+def test_step_of_optimizer_shard_is_the_mean_distance_of_ranks_that_are_not_evenly_spaced():
+    """As MindSpore writes it: the sliced axis lies between two that are not."""
+    layout = Layout((2, 4, 2), ((1,), ()), opt_shard_size=-1, opt_shard_step=3)
+    begins = {rank: layout.box(rank, (64, 2)).offset[0] for rank in range(16)}
+    assert sorted(begins, key=begins.__getitem__)[:5] == [0, 1, 8, 9, 2]
+    assert [begins[rank] for rank in (0, 1, 8, 9, 2)] == [0, 4, 8, 12, 16]
+    with pytest.raises(LayoutError, match="are 3 apart on average"):
+        Layout((2, 4, 2), ((1,), ()), opt_shard_size=-1, opt_shard_step=1)
+
+
 @pytest.mark.parametrize("size, step", [(0, 2), (2, 0)])
 def test_size_or_step_of_zero_means_not_sharded(size, step):
     assert Layout((4, 2), ((0,), ()), size, step).grid(2) == (2, 1)
