@@ -68,6 +68,8 @@ def clear_auto_trans_output(
             logger.info("%s are emptied", " and ".join(str(folder) for folder in folders))
             session.post("cleared", {})
         session.await_posts({"cleared": LEADER}, "empty the output directory")
+    if load_ckpt_format != "ckpt":  # such a load is MindFormers' own, and does not tell us when it ends
+        job.release()
 
 
 def _check_source(session: Session, config: AutoTransConfig) -> None:
