@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def probe_file_system(output: Path) -> list[Check]:
     here, there = context.Pipe()
     child = context.Process(target=_probe_child, args=(there, str(lock_path), str(word)), daemon=True)
     try:
+        tempfile.TemporaryFile(dir=folder).close()  # a lock would be asked for again and again, to no avail
         with filelock.FileLock(str(lock_path), timeout=5):
             child.start()
             there.close()  # so that its end is noticed
