@@ -145,10 +145,14 @@ def _work(connection: Connection, engine: Engine, task: ConversionTask) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends its workers
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     threading.Thread(target=_end_with_parent, name="auto_trans-parent", daemon=True).start()
+    message: _Message
     try:
-        connection.send(_Done(engine.write(task, lambda nbytes: connection.send(_Bytes(nbytes)))))
+        message = _Done(engine.write(task, lambda nbytes: connection.send(_Bytes(nbytes))))
     except Exception as e:
-        connection.send(_Failed(e))
+        message = _Failed(e)
+    # The parent may end this process as soon as it has the message; an exception would be shown while Python shuts down.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    connection.send(message)
 
 
 def _end_with_parent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Union
 
@@ -82,6 +83,8 @@ def _places(protected: PathLike) -> list[Path]:
     """Where a path and, for a folder of rank folders, its files really lie."""
     try:
         path = Path(protected).expanduser()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # from Python 3.13 on, resolving does not tell of a link to itself
         return [path.resolve(), *_below(path)]
     except (OSError, RuntimeError) as e:  # RuntimeError: a home folder that nobody has, a link to itself
         raise CheckpointError(f"{protected} cannot be read: {e}; set it to a path that may be read") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import subprocess
@@ -52,6 +53,14 @@ class Here(NativeEngine):
         return super().write(task, progress)
 
 
+class Lingering(NativeEngine):
+    """Takes a second to end after its work."""
+
+    def write(self, task, progress):
+        atexit.register(time.sleep, 1)
+        return super().write(task, progress)
+
+
 @pytest.fixture
 def conversion(tmp_path):
     source = oracle.write_raw(tmp_path / "a.ckpt", {name: oracle.raw(array) for name, array in FULL.items()})
@@ -70,6 +79,13 @@ def test_workers_write_all_files_and_tell_their_progress(conversion, tmp_path):
     halves = [oracle.read_raw(tmp_path / "out" / record.file)["w"].content for record in sorted(records, key=str)]
     assert b"".join(halves) == FULL["w"].tobytes()
     assert multiprocessing.active_children() == []
+
+
+def test_worker_that_is_ended_while_it_shuts_down_says_nothing(conversion, capfd):
+    begin = time.monotonic()
+    assert len(WorkerEngine(Lingering(), 2).write(task_of(conversion), lambda _: None)) == 2
+    assert capfd.readouterr().err == ""
+    assert time.monotonic() - begin < 10
 
 
 @pytest.mark.parametrize("engine, error, message", [
