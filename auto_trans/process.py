@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-__all__ = ["Process"]
+__all__ = ["Process", "parse_fields"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,7 @@ class Process:
         Raises:
             ValueError: It is something else.
         """
-        fields = {"host": str, "pid": int, "started": int, "space": str}
-        if any(type(content.get(name)) is not kind for name, kind in fields.items()):
-            raise ValueError(f"{content} does not describe a process")
-        return cls(**{name: content[name] for name in fields})
+        return cls(**parse_fields(content, "a process", {"host": str, "pid": int, "started": int, "space": str}))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
@@ -62,6 +59,22 @@ class Process:
 
     def __str__(self) -> str:
         return f"host {self.host}, pid {self.pid}"
+
+
+def parse_fields(content: Mapping[str, Any], what: str, kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The fields of something that another process has written.
+
+    Args:
+        content: What it has written; other fields are passed over.
+        what: What the fields describe, for the message.
+        kinds: Field -> its type, exactly.
+
+    Raises:
+        ValueError: A field is missing, or of another type.
+    """
+    if any(type(content.get(name)) is not kind for name, kind in kinds.items()):
+        raise ValueError(f"{content} does not describe {what}")
+    return {name: content[name] for name in kinds}
 
 
 def _space() -> str:

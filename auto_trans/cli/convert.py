@@ -107,7 +107,7 @@ def _request(arguments: argparse.Namespace) -> Request:
     return Request(
         Path(arguments.src), Path(arguments.dst), as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy),
         ranks=parse_ranks(arguments.ranks), prefix=arguments.prefix, format=arguments.format,
-        allowed=Allowed(tuple(arguments.allow_extra), tuple(arguments.allow_missing)), step=arguments.step,
+        allowed=Allowed.of(arguments.allow_extra, arguments.allow_missing), step=arguments.step,
         engine=arguments.engine, processes=arguments.processes, memory_limit=parse_memory(arguments.memory),
         check_replicas=arguments.check_replicas, reuse=not arguments.no_reuse,
     )  # fmt: skip

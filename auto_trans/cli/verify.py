@@ -91,7 +91,7 @@ def _compare(arguments: argparse.Namespace, ranks: Optional[Sequence[int]]) -> t
     from auto_trans.verify import verify_against
 
     source, target = as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy)
-    allowed = Allowed(tuple(arguments.allow_extra), tuple(arguments.allow_missing))
+    allowed = Allowed.of(arguments.allow_extra, arguments.allow_missing)
     originals = find_sources(arguments.against, source, step=arguments.step)
     wrong: list[Any] = []
     compared = 0

@@ -29,7 +29,7 @@ from auto_trans.coordination.clock import SYSTEM_CLOCK, Clock, Pace
 from auto_trans.coordination.election import LEADER
 from auto_trans.errors import CoordinationError, JoinTimeoutError, OutputBusyError
 from auto_trans.log import logger
-from auto_trans.process import Process
+from auto_trans.process import Process, parse_fields
 
 __all__ = ["Arrival", "Gathering", "Joined", "Member", "join"]
 
@@ -67,12 +67,9 @@ class Member:
         Raises:
             ValueError: It is something else.
         """
-        fields = {"nonce": str, "world_size": int, "settings": str, "process": dict}
-        if any(type(content.get(name)) is not kind for name, kind in fields.items()):
-            raise ValueError(f"{content} does not describe a rank")
-        return cls(
-            content["nonce"], content["world_size"], content["settings"], Process.parse(content["process"])
-        )  # fmt: skip
+        kinds = {"nonce": str, "world_size": int, "settings": str, "process": dict}
+        fields = parse_fields(content, "a rank", kinds)
+        return cls(**{**fields, "process": Process.parse(fields["process"])})
 
     def to_json(self) -> dict[str, Any]:
         """As JSON."""
