@@ -78,6 +78,21 @@ class Board:
         content = read_json(self._directory / "failed.json")
         return None if content is None else Failure(**content)
 
+    def tell(self, rank: int) -> None:
+        """Leaves word that a rank knows of the failure.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        write_json(self._directory / "told" / f"rank_{rank}.json", {})
+
+    def told(self) -> int:
+        """How many ranks know of the failure; lists a directory."""
+        try:
+            return sum(not name.startswith(".") for name in os.listdir(self._directory / "told"))
+        except OSError:
+            return 0
+
     def pulse_file(self, rank: int) -> Path:
         """Where a rank gives signs of life."""
         return self._directory / "pulses" / f"rank_{rank}.json"

@@ -10,6 +10,7 @@ Only ranks that owe a post are watched. Nobody waits for a rank that itself only
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -33,6 +34,7 @@ __all__ = ["LEADER", "Session", "job_key"]
 _LAUNCH_VARIABLES = ("MS_SCHED_HOST", "MS_SCHED_PORT", "RANK_TABLE_FILE", "PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid")
 
 _WATCH_SECONDS = 1.0
+_TOLD_SECONDS = 5.0
 _WATCHED_AT_ONCE = 8  # the shared disk is not asked more often if there are more
 
 
@@ -98,6 +100,17 @@ class Session:
             self._board.post_failure(Failure.of(self.rank, error))
         except OutputError as e:
             logger.error("the failure of rank %d cannot be told to the others: %s", self.rank, e)
+
+    def await_told(self) -> None:
+        """Says that this rank knows of the failure, and waits some seconds for the others to say so.
+
+        A launcher kills all ranks once one has ended with an error; the log of each is to tell why before.
+        """
+        until = self._clock.now() + _TOLD_SECONDS + 2 * self._timing.poll_max
+        with contextlib.suppress(OutputError):
+            self._board.tell(self.rank)
+        while self._board.told() < self.world_size and self._clock.now() < until:
+            self._clock.sleep(self._timing.poll_max)
 
     def await_posts(self, names: Mapping[str, int], what: str) -> dict[str, dict[str, Any]]:
         """Waits until all of some names are posted, watching the ranks that owe them.

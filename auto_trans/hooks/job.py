@@ -109,11 +109,12 @@ class Job:
             with in_yaml_words():
                 yield session
         except BaseException as e:
-            if not isinstance(e, AutoTransError):
-                logger.error("rank %d: %s: %s", self.rank, type(e).__name__, e)
+            logger.error("rank %d: %s: %s", self.rank, type(e).__name__, e)
             if not isinstance(e, RankFailedError):  # that failure is known to all
                 session.fail(e)
             self.release()
+            if isinstance(e, Exception):  # who interrupts a job wants it to end now
+                session.await_told()
             raise
 
     def release(self) -> None:

@@ -116,6 +116,35 @@ def test_failure_that_cannot_be_told_is_logged(session, tmp_path, caplog):
     assert "the failure of rank 2 cannot be told to the others" in caplog.text
 
 
+def test_who_failed_stays_until_all_know_it(world, session):
+    """A launcher kills the others once one has ended."""
+    begin = world.clock.now()
+
+    def fail():
+        session(3).fail(ValueError("bad"))
+        session(3).await_told()
+        return world.clock.now() - begin
+
+    def follow(rank, seconds):
+        world.clock.sleep(seconds)
+        session(rank).await_told()
+        return world.clock.now() - begin
+
+    ends = world.run(failing=fail, a=partial(follow, 0, 1), b=partial(follow, 1, 3), c=partial(follow, 2, 2))
+    assert all(3 <= end < 4 for end in ends.values())
+
+
+def test_who_failed_does_not_stay_for_the_dead(world, session):
+    begin = world.clock.now()
+    world.run(failing=lambda: session(3).await_told())
+    assert 5 <= world.clock.now() - begin < 10
+
+
+def test_who_failed_and_cannot_say_so_ends_all_the_same(world, session, tmp_path):
+    (tmp_path / "told").write_text("")
+    world.run(failing=lambda: session(3).await_told())
+
+
 def test_dead_rank_that_owes_a_post_is_named(world, session):
     error = world.run(w=lambda: session(1, [HERE, HERE, DEAD]).await_posts({"done": 2}, "work"))["w"]
     assert isinstance(error, RankLostError) and error.rank == 2 and f"rank 2 ({DEAD}) died" in str(error)
