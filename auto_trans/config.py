@@ -65,7 +65,7 @@ YAML_KEYS = {
 ENGINES = ("native", "mindspore")
 _TIMEOUTS = ("join_timeout", "heartbeat_timeout", "stall_timeout")
 # the settings of the YAML mapping ``auto_trans:``
-_OWN = ("engine", "memory_limit", *_TIMEOUTS, "allow_extra", "allow_missing")
+_OWN = ("engine", "memory_limit", *_TIMEOUTS, "allow_extra", "allow_missing", "unify")
 DEFAULT_MEMORY = 64 * 1024 * 1024
 _LEAST_MEMORY = 1024 * 1024
 
@@ -113,6 +113,7 @@ class AutoTransConfig:
         memory_limit: Bytes of memory of a converter.
         allow_extra: Patterns of parameters that every rank may hold whole although no strategy lists them.
         allow_missing: Patterns of weights that the target lists and the source may lack.
+        unify: Has a safetensors job merge the weights to ``unified_checkpoint/``, for MindFormers to slice.
         timing: How long ranks wait for each other.
     """
 
@@ -126,6 +127,7 @@ class AutoTransConfig:
     memory_limit: int = DEFAULT_MEMORY
     allow_extra: tuple[str, ...] = ()
     allow_missing: tuple[str, ...] = ()
+    unify: bool = False
     timing: Timing = DEFAULT_TIMING
 
     @classmethod
@@ -176,6 +178,7 @@ class AutoTransConfig:
             memory_limit=parse_memory(setting("memory_limit", None)),
             allow_extra=_patterns("allow_extra", setting("allow_extra", ())),
             allow_missing=_patterns("allow_missing", setting("allow_missing", ())),
+            unify=_switch("unify", setting("unify", False)),
             timing=timing,
         )
 
@@ -236,6 +239,11 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
     if not isinstance(found, (list, tuple)) or not all(isinstance(pattern, str) and pattern for pattern in found):
         raise ConfigTypeError(f"«{name}» must be a list of patterns such as '*.freqs_*', not {value!r}")
     return tuple(found)
+
+
+def _switch(name: str, value: Any) -> bool:
+    """A setting that is True or False, also as the environment gives it."""
+    return parse_boolean(name, {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower(), value))
 
 
 def _seconds(name: str, value: Any) -> float:

@@ -44,14 +44,15 @@ class Conversion:
     Args:
         request: What is to be done.
         checkpoint: The chosen source.
+        share: Which of how many shares of the files, e.g. (0, 2), if several processes write a complete set.
 
     Attributes:
         plan: What goes where.
-        files: The target files of the plan.
+        files: The target files of the plan, or of its share.
         target: Where they go.
     """
 
-    def __init__(self, request: Request, checkpoint: Checkpoint) -> None:
+    def __init__(self, request: Request, checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> None:
         self.request, self.checkpoint = request, checkpoint
         self._heads = ScannedFiles(checkpoint)
         self.source = SlicedSource(request.from_strategy, self._heads)
@@ -60,7 +61,7 @@ class Conversion:
             self.source, request.to_strategy, request.ranks, edits=request.edits, allowed=request.allowed
         )
         self.target = _target(request, checkpoint)
-        self.files = self.target.arrange(self.plan)
+        self.files = self.target.arrange(self.plan)[share[0] :: share[1]]
         self._replicas = {rank: group for group in self.plan.replicas for rank in group}
 
     def todo(self, files: Optional[Iterable[FilePlan]] = None) -> list[FilePlan]:

@@ -25,10 +25,11 @@ from auto_trans.core.consistency import check_heads
 from auto_trans.core.rules import Allowed
 from auto_trans.errors import AutoTransError
 from auto_trans.hooks.patches import KNOWN_VERSIONS
+from auto_trans.jobs import NOT_ASKED, Load, reshards_itself
 from auto_trans.sizes import format_bytes, plural
 from auto_trans.storage.capacity import available_memory, free_disk
 from auto_trans.storage.clean import check_cleanable
-from auto_trans.storage.sources import ScannedFiles, as_strategy, find_sources
+from auto_trans.storage.sources import ScannedFiles
 
 __all__ = ["Check", "examine", "probe_file_system"]
 
@@ -71,9 +72,9 @@ def examine(
             raise ValueError("it holds no settings")
     except (OSError, ValueError, yaml.YAMLError) as e:
         return [*checks, Check("error", f"{config} cannot be read: {e}", "give the YAML of a MindFormers job")], ()
-    found, valid = _settings(settings)
+    found, load = _settings(settings)
     told, expected = _told_ranks(settings)
-    found += told if told or valid is None else [Check("ok", "the settings are valid")]
+    found += told if told or load is None else [Check("ok", "the settings are valid")]
     ranks = expected if world_size is None else world_size
     if ranks is None and not told:
         found.append(Check("warning", "the YAML does not tell the number of ranks", "give it: --world-size"))
@@ -81,15 +82,17 @@ def examine(
         what = f"the job is to have {plural(world_size, 'rank')}, but its YAML makes {expected}"
         found.append(Check("warning", what, "give the number of ranks that use_parallel and parallel_config make"))
     assignments: tuple[Assignment, ...] = ()
-    if valid is not None:
-        found += _job(settings, valid, ranks)
+    if load is not None and load.checked:
+        found += _job(settings, load, ranks)
         try:
-            assignments = () if ranks is None else elect(ranks, valid.transform_process_num)
+            assignments = () if ranks is None or load.left else elect(ranks, load.config.transform_process_num)
         except AutoTransError as e:
             found.append(Check("error", str(e), "set transform_process_num"))
     if any(check.status == "error" for check in found):
         return [*checks, *found], ()
-    if ranks is not None:
+    if load is not None and load.left:
+        found.append(Check("ok", "auto_trans will convert nothing"))
+    elif ranks is not None:
         found.append(Check("ok", f"{len(assignments)} of {plural(ranks, 'rank')} will convert"))
     return [*checks, *found], assignments
 
@@ -187,47 +190,52 @@ def _environment() -> Iterator[Check]:
         )
 
 
-def _settings(settings: Mapping[str, Any]) -> tuple[list[Check], Optional[AutoTransConfig]]:
-    """Whether the settings are valid, and the settings if they are."""
-    checks = []
-    if settings.get("auto_trans_ckpt") is not True:
-        what = "auto_trans_ckpt is not True: nothing will be converted"
-        checks.append(Check("warning", what, "set auto_trans_ckpt: True"))
-    if settings.get("load_ckpt_format") == "safetensors":
-        what = "load_ckpt_format is safetensors: MindFormers' own conversion is used, not that of auto_trans"
-        checks.append(Check("warning", what))
-    checkpoint = settings.get("checkpoint") or {}
-    path = (checkpoint.get("load_path") if isinstance(checkpoint, Mapping) else None) or settings.get("load_checkpoint")
+def _settings(settings: Mapping[str, Any]) -> tuple[list[Check], Optional[Load]]:
+    """Whether the settings are valid, and what the job loads if they are."""
     try:
-        config = AutoTransConfig.from_settings(settings, path)
+        load = Load.of(settings, reshards=reshards_itself(settings))
     except AutoTransError as e:
         e.told_by(YAML_KEYS)
-        return [*checks, Check("error", str(e))], None
-    return checks, config
+        return [Check("error", str(e))], None
+    if not load.left:
+        return [], load
+    if load.left == NOT_ASKED:
+        what = f"{load.left}: nothing will be converted"
+        return [Check("warning", what, "set auto_trans_ckpt: True")], load
+    return [Check("ok", f"{load.left}: MindFormers' own conversion is used, not that of auto_trans")], load
 
 
-def _job(settings: Mapping[str, Any], config: AutoTransConfig, world_size: Optional[int]) -> Iterator[Check]:
+def _job(settings: Mapping[str, Any], load: Load, world_size: Optional[int]) -> Iterator[Check]:
     output = Path(str(settings.get("output_dir") or "./output")).expanduser()
+    config, size = load.config, 0
     try:
         check_cleanable(
-            [output / "strategy", output / "transformed_checkpoint"],
+            [output / "strategy", output / "transformed_checkpoint", output / "unified_checkpoint"],
             [p for p in (config.load_checkpoint, config.src_strategy) if p],
         )
-        source = as_strategy(config.src_strategy)
-        found = find_sources(config.load_checkpoint, source, config.resume_file)
+        source = load.source_strategy()
+        found = load.find(source)
         yield Check("ok", f"source strategy: {plural(source.world_size, 'rank')} in {plural(source.stages, 'stage')}")
-        size, allowed = 0, Allowed(config.allow_extra, config.allow_missing)
+        allowed = Allowed(config.allow_extra, config.allow_missing)
         for one in found:
             size += sum(file.stat().st_size for file in one.all_files)
             heads = ScannedFiles(one)
             plan = check_source(source, heads, allowed)
             check_heads(source, heads)
+            load.check_resumable(one, {tensor.tensor.name for file in plan.files for tensor in file.tensors})
             size = max(size, plan.nbytes)
             yield Check("ok", f"{one.path}: {plural(len(one.all_files), 'file')} readable and complete")
     except AutoTransError as e:
         e.told_by(YAML_KEYS)
         yield Check("error", str(e))
         return
+    if not load.left:
+        yield from _resources(config, output, size, world_size)
+    yield from probe_file_system(output)
+
+
+def _resources(config: AutoTransConfig, output: Path, size: int, world_size: Optional[int]) -> Iterator[Check]:
+    """Whether disk and memory suffice for a conversion of some bytes."""
     free, memory = free_disk(output), available_memory()
     enough = free > size
     yield Check(
@@ -243,7 +251,6 @@ def _job(settings: Mapping[str, Any], config: AutoTransConfig, world_size: Optio
         f"{format_bytes(memory)} is available",
         "" if enough else "decrease transform_process_num",
     )
-    yield from probe_file_system(output)
 
 
 def _told_ranks(settings: Mapping[str, Any]) -> tuple[list[Check], Optional[int]]:

@@ -1,5 +1,7 @@
 """One conversion by all ranks of a session: the elected ones convert, the others wait, all return together.
 
+To rank folders each converter writes the slices of some target ranks; to a complete set each writes some of its files.
+
 Rank 0 leads. What it has chosen it posts: the files of the source and the digests of the strategies, so that nobody looks
 twice and nobody converts something else.
 """
@@ -11,32 +13,33 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Any, Callable, Optional
 
 from auto_trans.config import Timing
 from auto_trans.conversion import Conversion
 from auto_trans.coordination.barrier import Heartbeat, wait_until
 from auto_trans.coordination.election import LEADER, Assignment
 from auto_trans.coordination.session import Session
-from auto_trans.core.consistency import check_heads, check_names, check_network, check_shapes
-from auto_trans.core.edits import apply_edits
-from auto_trans.core.rules import some, sort_parameters
-from auto_trans.core.source import SlicedSource
-from auto_trans.core.strategy import Strategy, describe_difference, same_slices
+from auto_trans.core.strategy import Strategy, describe_difference
 from auto_trans.core.work import assign_writers
 from auto_trans.errors import CoordinationError, OutputError
 from auto_trans.log import logger
+from auto_trans.matching import link_source, matches, open_source, target_file
 from auto_trans.report import ConversionReport
 from auto_trans.request import Request
 from auto_trans.sizes import format_bytes
 from auto_trans.storage.files import write_json
-from auto_trans.storage.names import rank_file
-from auto_trans.storage.sources import Checkpoint, ScannedFiles, find_sources
+from auto_trans.storage.names import INDEX_NAMES
+from auto_trans.storage.sources import Checkpoint, find_sources
 from auto_trans.storage.strategies import merge_strategies
 
 __all__ = ["REPORT_NAME", "SharedConversion", "convert_together"]
 
 REPORT_NAME = "auto_trans_report.json"
+
+_SHARED_DISK = (
+    "check that the output directory («dst») is shared by all ranks and that nothing else deletes files there"
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class SharedConversion:
     """What the ranks of a session convert together.
 
     Attributes:
-        request: The conversion; its ``dst`` gets a folder for every checkpoint. Its target strategy is not used.
+        request: The conversion; its ``dst`` gets a folder for every checkpoint, or is that of a complete set where the
+            request has a ``shard_size``. Its target strategy is not used.
         strategy_dir: Where the job saves the strategy that it compiled.
         read_target: Reads the strategy that the job compiled, of all stages.
         report: Where rank 0 writes what was done.
@@ -58,6 +62,22 @@ class SharedConversion:
     report: Path
     assignments: tuple[Assignment, ...]
     timing: Timing
+
+    @property
+    def merges(self) -> bool:
+        """Whether a complete set of files is made, and not rank folders."""
+        return self.request.shard_size is not None
+
+    @property
+    def converters(self) -> list[int]:
+        """The converter ranks."""
+        return [assignment.rank for assignment in self.assignments]
+
+    def part(self, request: Request, checkpoint: Checkpoint, own: Assignment) -> Conversion:
+        """What a converter rank does of the conversion of a checkpoint."""
+        if self.merges:
+            return Conversion(request, checkpoint, (self.assignments.index(own), len(self.assignments)))
+        return Conversion(replace(request, dst=request.dst / checkpoint.name, ranks=tuple(own.slices)), checkpoint)
 
 
 def convert_together(session: Session, shared: SharedConversion) -> None:
@@ -84,6 +104,7 @@ class _Converter:
 
     def __init__(self, session: Session, shared: SharedConversion, own: Assignment, heartbeat: Heartbeat) -> None:
         self._session, self._shared, self._own, self._heartbeat = session, shared, own, heartbeat
+        self._done: list[Conversion] = []
 
     def lead(self) -> None:
         """Chooses, prepares, converts its share, and reports."""
@@ -92,30 +113,26 @@ class _Converter:
         request = replace(shared.request, to_strategy=shared.read_target())
         _merge_stages(request.to_strategy, shared.strategy_dir)
         checkpoints = find_sources(request.src, request.from_strategy, request.resume_file)
-        sources = [_open(checkpoint, request) for checkpoint in checkpoints]
-        matches = all(_matches(source, request) for source in sources)
-        if matches:
+        sources = [open_source(checkpoint, request) for checkpoint in checkpoints]
+        fitting = not shared.merges and all(matches(source, request) for source in sources)
+        if fitting:
             for source in sources:
-                _link(source, request)
+                link_source(source, request)
             logger.info("the weights in %s already match the strategy of this job: nothing is converted", request.src)
-        session.post("prepared", {"matches": matches, **_choice(request, checkpoints)})
+        session.post("prepared", {"matches": fitting, **_choice(request, checkpoints)})
         reports: list[dict[str, Any]] = []
-        if not matches:
-            difference = describe_difference(request.from_strategy, request.to_strategy)
-            logger.info(
-                "the weights in %s do not match the strategy of this job (%s): converting with rank %s",
-                request.src, difference, ", ".join(str(a.rank) for a in shared.assignments),
-            )  # fmt: skip
+        if not fitting:
+            logger.info("%s: converting with rank %s", self._reason(request), ", ".join(map(str, shared.converters)))
             self._convert(request, checkpoints)
             with self._heartbeat.idle():
                 posts = session.await_posts(_converted(shared), "convert")
             reports = sorted(posts.values(), key=lambda report: int(report["rank"]))
-            for checkpoint in checkpoints:
-                _check_all_there(request, checkpoint)
+            for conversion in self._done:
+                _finish(conversion)
         report = {
             "source": str(request.src),
             "target": str(request.dst),
-            "matches": matches,
+            "matches": fitting,
             "engine": request.engine,
             "seconds": time.monotonic() - begin,
             "bytes_written": sum(r["bytes_written"] for r in reports),
@@ -142,13 +159,19 @@ class _Converter:
         with self._heartbeat.idle():
             _await_complete(self._session, self._shared)
 
+    def _reason(self, request: Request) -> str:
+        if self._shared.merges:
+            return f"the weights in {request.src} are to be merged in {request.dst}"
+        difference = describe_difference(request.from_strategy, request.to_strategy)
+        return f"the weights in {request.src} do not match the strategy of this job ({difference})"
+
     def _convert(self, request: Request, checkpoints: Sequence[Checkpoint]) -> None:
         """Converts this rank's share of the slices."""
         begin, written = time.monotonic(), 0
         for checkpoint in checkpoints:
-            own = replace(request, dst=request.dst / checkpoint.name, ranks=tuple(self._own.slices))
-            conversion = Conversion(own, checkpoint)
-            report = self._convert_one(conversion)
+            conversion = self._shared.part(request, checkpoint, self._own)
+            report = self._merge(conversion) if self._shared.merges else self._convert_one(conversion)
+            self._done.append(conversion)
             written += report.bytes_written
             logger.info("rank %d: %s", self._session.rank, report)
         self._session.post(
@@ -161,6 +184,13 @@ class _Converter:
             },
         )
 
+    def _merge(self, conversion: Conversion) -> ConversionReport:
+        """Writes its share of the files of a complete set."""
+        neighbours = self._session.neighbours(self._shared.converters)
+        conversion.check(neighbours, 1 / len(self._shared.assignments), heads=False)
+        conversion.log_plan()
+        return run_conversion(conversion, listener=self._heartbeat.progress)
+
     def _convert_one(self, conversion: Conversion) -> ConversionReport:
         assignments, rank = self._shared.assignments, self._session.rank
         # MindSpore's API knows no replicas, and does not tell how far it is
@@ -168,7 +198,7 @@ class _Converter:
         writers = self._writers(conversion) if native else {}
         own = [file for file in conversion.files if writers.get(file.ranks[0], rank) == rank]
         part = len(own) / len(conversion.plan.replicas) if native and own else 1 / len(assignments)
-        neighbours = self._session.neighbours(assignment.rank for assignment in assignments)
+        neighbours = self._session.neighbours(self._shared.converters)
         conversion.check(neighbours, part, own, heads=False)  # rank 0 has compared them
         conversion.log_plan()
         with contextlib.nullcontext() if native else self._heartbeat.idle():
@@ -233,52 +263,7 @@ def _await_complete(session: Session, shared: SharedConversion) -> None:
 
 
 def _converted(shared: SharedConversion) -> dict[str, int]:
-    return {f"converted_rank_{assignment.rank}": assignment.rank for assignment in shared.assignments}
-
-
-class _Opened(NamedTuple):
-    """A checkpoint that rank 0 has chosen, looked at."""
-
-    checkpoint: Checkpoint
-    heads: ScannedFiles
-    source: SlicedSource
-
-
-def _open(checkpoint: Checkpoint, request: Request) -> _Opened:
-    """Looks at all files of a checkpoint; linked or converted, they must make up what the job needs."""
-    heads = ScannedFiles(checkpoint)
-    check_heads(request.from_strategy, heads)
-    source = SlicedSource(request.from_strategy, heads)
-    check_names(source, heads)
-    check_shapes(source, request.allowed)
-    sorting = sort_parameters(source, request.to_strategy, apply_edits((), source.names), request.allowed)
-    for warning in sorting.warnings:
-        logger.warning("%s", warning)
-    if sorting.absent:
-        logger.warning("not in the source, the model keeps its initial values: %s", some(sorting.absent, 5))
-    return _Opened(checkpoint, heads, source)
-
-
-def _matches(opened: _Opened, request: Request) -> bool:
-    """Whether every rank can load a source file as it is."""
-    checkpoint, heads, source = opened
-    if checkpoint.format.name != "ckpt" or checkpoint.is_sharded:
-        return False
-    if not same_slices(request.from_strategy, request.to_strategy):
-        return False
-    if request.from_strategy.is_complete:
-        return True
-    held = set(source.names)
-    return all(
-        rank in checkpoint.files
-        and all(name in heads.tensors(rank) for name in request.from_strategy.names(stage) if name in held)
-        for stage in range(request.from_strategy.stages)
-        for rank in _ranks_of(request.from_strategy, stage)
-    )
-
-
-def _ranks_of(strategy: Strategy, stage: int) -> range:
-    return range(stage * strategy.stage_devices, (stage + 1) * strategy.stage_devices)
+    return {f"converted_rank_{rank}": rank for rank in shared.converters}
 
 
 def _merge_stages(target: Strategy, strategy_dir: Path) -> None:
@@ -287,39 +272,26 @@ def _merge_stages(target: Strategy, strategy_dir: Path) -> None:
         logger.info("the strategies of %d stages are merged into %s", target.stages, merge_strategies(strategy_dir))
 
 
-def _link(opened: _Opened, request: Request) -> None:
-    """Has the loader find the source as it is, once it is seen to be what the network expects."""
-    checkpoint, _, source = opened
-    if request.network is not None:
-        shapes = ((name, source.tensor(name).shape, [source.held_shape(name)]) for name in source.names)
-        check_network(request.network, shapes, request.from_strategy.origin)
-    for rank in range(request.to_strategy.world_size):
-        link = rank_file(request.dst / checkpoint.name, request.prefix, rank)
-        (original,) = checkpoint.files[rank if checkpoint.distributed and len(checkpoint.files) > 1 else 0]
-        try:
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.unlink(missing_ok=True)
-            link.symlink_to(original.resolve())
-        except OSError as e:
-            raise OutputError(f"{link} cannot be made: {e}; set an output directory that is writable («dst»)") from e
-
-
-def _check_all_there(request: Request, checkpoint: Checkpoint) -> None:
-    folder = request.dst / checkpoint.name
+def _finish(conversion: Conversion) -> None:
+    """Looks whether everything is there now that all converters are done."""
+    request, target = conversion.request, conversion.target
+    if request.shard_size is not None:
+        if not target.finish():
+            raise OutputError(f"all converters are done, but {request.dst} is not complete; {_SHARED_DISK}")
+        return
     ranks = range(request.to_strategy.world_size)
-    missing = [rank for rank in ranks if not rank_file(folder, request.prefix, rank).is_file()]
-    if missing:
-        raise OutputError(
-            f"all converters are done, but {rank_file(folder, request.prefix, missing[0])} is not there; check that the "
-            f"output directory («dst») is shared by all ranks and that nothing else deletes files there"
-        )
+    missing = next((path for rank in ranks if not (path := target.path(target.name(rank, 0))).is_file()), None)
+    if missing is not None:
+        raise OutputError(f"all converters are done, but {missing} is not there; {_SHARED_DISK}")
 
 
 def _own_files(session: Session, shared: SharedConversion) -> list[Path]:
-    """The file of this rank in every converted checkpoint."""
+    """The file of this rank in every converted checkpoint, or the index of the complete set."""
     folder = shared.request.dst
+    if shared.merges:
+        return [folder / name for name in INDEX_NAMES]
     names = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
-    return [rank_file(name, shared.request.prefix, session.rank) for name in names]
+    return [target_file(shared.request, name, session.rank) for name in names]
 
 
 def _await_visible(session: Session, shared: SharedConversion, files: Callable[[], list[Path]]) -> None:

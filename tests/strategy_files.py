@@ -29,7 +29,7 @@ def strategy_item(stage, node="n"):
 
 
 def layout_item(name, dev_matrix, entries, **extra):
-    """A parameter; extra: field, param_split_shape, opt_weight_shard_step, opt_weight_shard_size."""
+    """A parameter; extra: field, param_split_shape, indices_offset, opt_weight_shard_step, opt_weight_shard_size."""
     return field(
         3,
         field(1, name)
@@ -38,6 +38,7 @@ def layout_item(name, dev_matrix, entries, **extra):
             field(1, dims(dev_matrix))
             + b"".join(field(2, dims(entry)) for entry in entries)
             + field(3, dims(extra.get("param_split_shape", ())))
+            + field(4, dims(extra.get("indices_offset", ())))
             + field(5, extra.get("field", 0))
             + field(6, extra.get("opt_weight_shard_step", 0))
             + field(7, extra.get("opt_weight_shard_size", 0)),

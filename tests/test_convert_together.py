@@ -9,13 +9,16 @@ import threading
 import numpy as np
 import pytest
 from builders import hold, load, request, save, strategy
+from safetensors.numpy import load_file
 
 from auto_trans import together
 from auto_trans.config import Timing
+from auto_trans.conversion import plan_conversion
 from auto_trans.coordination.election import elect
 from auto_trans.coordination.joining import Joined
 from auto_trans.coordination.session import Session
 from auto_trans.core.layout import Layout
+from auto_trans.core.strategy import Strategy
 from auto_trans.errors import (
     AutoTransError,
     CoordinationError,
@@ -93,6 +96,69 @@ def test_both_ranks_get_their_slices(tmp_path, converters):
 
 
 @pytest.mark.parametrize("converters", [1, 2])
+def test_safetensors_job_gets_safetensors(tmp_path, converters):
+    job = Job(tmp_path, MP2, DP2, converters)
+    job.options = {"format": "safetensors"}
+    assert job.run() == {0: None, 1: None}
+    for rank, tensors in hold(FULL, job.target).items():
+        got = load_file(tmp_path / "out" / "net" / f"rank_{rank}" / f"checkpoint_{rank}.safetensors")
+        assert got.keys() == tensors.keys() and all(np.array_equal(got[n], a) for n, a in tensors.items())
+
+
+@pytest.mark.parametrize("matching", [True, False])
+def test_safetensors_that_match_are_linked(tmp_path, matching):
+    job = Job(tmp_path, MP2, MP2 if matching else DP2)
+    whole = request(save(tmp_path / "ckpt", job.held), tmp_path / "net", job.source, job.source, format="safetensors")
+    plan_conversion(whole).run(quiet=True)
+    job.options = {"format": "safetensors"}
+    assert job.run() == {0: None, 1: None}
+    assert json.loads((tmp_path / "report.json").read_text())["matches"] == matching
+    for rank in range(2):
+        target = tmp_path / "out" / "net" / f"rank_{rank}" / f"checkpoint_{rank}.safetensors"
+        assert target.is_symlink() == matching
+
+
+def merging(folder, converters, shard_size):
+    """A job whose weights are merged, 8 and 4 float32 of two parameters and one that no strategy lists."""
+    job = Job(folder, MP2, DP2, converters)
+    job.held = {rank: {**held, "global_step": np.array([3])} for rank, held in job.held.items()}
+    job.target = Strategy.complete()
+    job.options = {"format": "safetensors", "shard_size": shard_size}
+    return job
+
+
+@pytest.mark.parametrize("converters", [1, 2])
+@pytest.mark.parametrize(("shard_size", "files"), [(16, 2), (1000, 1)])
+def test_converters_merge_together(tmp_path, converters, shard_size, files):
+    job = merging(tmp_path, converters, shard_size)
+    assert job.run() == {0: None, 1: None}
+    out = tmp_path / "out"
+    merged = sorted(out.glob("model-*.safetensors"))
+    assert len(merged) == files
+    got = {name: array for file in merged for name, array in load_file(file).items()}
+    assert got.keys() == FULL.keys() and all(np.array_equal(got[name], array) for name, array in FULL.items())
+    assert load_file(out / "hyper_param.safetensors")["global_step"] == [3]
+    names = json.loads((out / "param_name_map.json").read_text())["weight_map"]
+    assert all(name in load_file(out / names[name]) for name in FULL)
+
+
+def test_merge_is_complete_only_when_all_converters_are_done(tmp_path, monkeypatch):
+    job = merging(tmp_path, 2, 16)
+    run = together.run_conversion
+
+    def run_and_lose(conversion, **options):
+        report = run(conversion, **options)
+        for file in (tmp_path / "out").glob("model-00001*"):
+            file.unlink(missing_ok=True)
+        return report
+
+    monkeypatch.setattr(together, "run_conversion", run_and_lose)
+    results = job.run()
+    assert isinstance(results[0], OutputError) and "is not complete" in str(results[0])
+    assert isinstance(results[1], RankFailedError)
+
+
+@pytest.mark.parametrize("converters", [1, 2])
 def test_weights_that_match_are_linked(tmp_path, converters):
     job = Job(tmp_path, MP2, MP2, converters)
     report = job.succeeds()
@@ -112,8 +178,6 @@ def test_weights_that_match_but_lack_a_rank_are_converted(tmp_path):
 def test_weights_of_the_other_format_are_converted_though_the_strategies_match(tmp_path):
     job = Job(tmp_path, MP2, MP2)
     whole = request(save(tmp_path / "ckpt", job.held), tmp_path / "net", job.source, job.source, format="safetensors")
-    from auto_trans.conversion import plan_conversion
-
     plan_conversion(whole).run(quiet=True)
     assert not job.succeeds()["matches"]
 

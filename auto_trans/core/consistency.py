@@ -17,7 +17,7 @@ from auto_trans.core.strategy import Strategy, is_optimizer_state, owner_of
 from auto_trans.core.tensor import FLOAT_TYPES, Shape
 from auto_trans.errors import PlanError
 
-__all__ = ["Network", "check_heads", "check_names", "check_network", "check_shapes", "shapes_of_slice"]
+__all__ = ["Network", "check_heads", "check_known", "check_names", "check_network", "check_shapes", "shapes_of_slice"]
 
 # the moments of AdamW and Adam; other optimizers keep sums of rows and columns
 _LIKE_THEIR_WEIGHT = ("adam_m.", "adam_v.", "moment1.", "moment2.", "moments.")
@@ -198,6 +198,25 @@ def check_network(network: Network, tensors: Iterable[tuple[str, Shape, Collecti
                 f"slices make up {list(full)} ({sliced} on a rank): that is not the strategy that the weights were saved "
                 f"under; set «src_strategy» to the one in the output of the job that saved them"
             )
+
+
+def check_known(network: Network, names: Collection[str], where: str) -> None:
+    """Looks whether a network knows any of the parameters that it is to load.
+
+    Args:
+        network: The network.
+        names: What there is to load, by the network's names.
+        where: Where it lies, for the message.
+
+    Raises:
+        PlanError: It knows none, so that nothing would be loaded.
+    """
+    if network.shapes and not any(name in network.shapes for name in names):
+        ours, theirs = next(iter(network.shapes)), next(iter(names), "none")
+        raise PlanError(
+            f"{where} holds no parameter of the network ({theirs}, ... instead of {ours}, ...): it is of another model; set "
+            f"«src» to weights of this one"
+        )
 
 
 def shapes_of_slice(strategy: Strategy, name: str, full: Shape) -> list[Shape]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Callable, Optional
 
 from auto_trans.config import AutoTransConfig
@@ -12,11 +13,12 @@ from auto_trans.core.consistency import check_heads
 from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.hooks.job import Job, in_yaml_words
+from auto_trans.jobs import Load, load_path
 from auto_trans.log import logger
 from auto_trans.storage.clean import check_cleanable, clean_folders
-from auto_trans.storage.sources import Checkpoint, ScannedFiles, as_strategy, find_sources
+from auto_trans.storage.sources import Checkpoint, ScannedFiles
 
-__all__ = ["clear_auto_trans_output"]
+__all__ = ["check_and_empty", "clear_auto_trans_output"]
 
 
 def clear_auto_trans_output(
@@ -40,49 +42,69 @@ def clear_auto_trans_output(
     Raises:
         AutoTransError: The source cannot be converted, or lies where it would be deleted.
     """
+    running = Job.running()
+    if running is not None and running.reshards:
+        return
     if Job.in_modelarts():
         source: list[Any] = [load_checkpoint, src_strategy_path_or_dir]
         original(*source, *([] if load_ckpt_format == "ckpt" else [load_ckpt_format]))
         return
-    job, running = Job.current(), Job.running()
-    target = job.transformed_dir if load_ckpt_format == "ckpt" else job.output / "unified_checkpoint"
-    folders = [job.strategy_dir, target]
-    known = dict(running.settings) if running is not None else {}
+    job, known = Job.current(), dict(running.settings) if running is not None else {}
     if not load_checkpoint:
-        protected = [known.get("load_checkpoint"), known.get("src_strategy_path_or_dir")]
+        protected = [load_path(known), known.get("src_strategy_path_or_dir")]
         if job.rank == LEADER:
-            clean_folders(folders, [path for path in protected if path])
+            clean_folders(_folders(job, load_ckpt_format), [path for path in protected if path])
+        return
+    if load_ckpt_format == "safetensors":  # `auto_trans.hooks.load.check_settings` does it, in every version
         return
     with in_yaml_words():
-        settings = {**known, "src_strategy_path_or_dir": src_strategy_path_or_dir}
-        config = AutoTransConfig.from_settings(settings, load_checkpoint)
-    protected = [config.load_checkpoint, config.src_strategy]
-    with job.session("clear", load_ckpt_format, config.timing) as session, session.heartbeat():
-        check_cleanable(folders, [path for path in protected if path])
-        if load_ckpt_format == "ckpt":
-            _check_source(session, config)
+        config = AutoTransConfig.from_settings(
+            {**known, "src_strategy_path_or_dir": src_strategy_path_or_dir}, load_checkpoint
+        )
+    check_and_empty(job, Load(config, load_ckpt_format))
+
+
+def check_and_empty(job: Job, load: Load) -> None:
+    """Checks the source, and empties what will be made anew; all ranks of the job call this.
+
+    Raises:
+        AutoTransError: The source cannot be converted, or lies where it would be deleted.
+    """
+    config, folders = load.config, _folders(job, load.format)
+    protected = [path for path in (config.load_checkpoint, config.src_strategy) if path]
+    with job.session("clear", load.format, config.timing) as session, session.heartbeat():
+        check_cleanable(folders, protected)
+        _check_source(session, load)
         session.post(f"checked_rank_{job.rank}", {})
         if session.is_leader:
             session.await_posts({f"checked_rank_{r}": r for r in range(job.world_size)}, "check the source")
-            clean_folders(folders, [path for path in protected if path])
+            clean_folders(folders, protected)
             logger.info("%s are emptied", " and ".join(str(folder) for folder in folders))
             session.post("cleared", {})
         session.await_posts({"cleared": LEADER}, "empty the output directory")
-    if load_ckpt_format != "ckpt":  # such a load is MindFormers' own, and does not tell us when it ends
+    if load.left:  # nobody tells when such a load ends, and nothing of ours is written
         job.release()
 
 
-def _check_source(session: Session, config: AutoTransConfig) -> None:
+def _folders(job: Job, format: str) -> list[Path]:
+    unified = [job.unified_dir] if format == "safetensors" else []
+    return [job.strategy_dir, job.transformed_dir, *unified]
+
+
+def _check_source(session: Session, load: Load) -> None:
     """Checks all that the source and its strategy tell, before the target's is compiled.
 
     Each rank reads the heads of its share of the files and compares them with those of the first file of every stage. Rank
     0 plans the merge to one complete checkpoint, which needs every slice of every parameter.
     """
-    strategy = as_strategy(config.src_strategy)
-    for checkpoint in find_sources(config.load_checkpoint, strategy, config.resume_file):
-        check_heads(strategy, ScannedFiles(_share(checkpoint, strategy, session.rank, session.world_size)))
+    strategy = load.source_strategy()
+    allowed = Allowed(load.config.allow_extra, load.config.allow_missing)
+    for checkpoint in load.find(strategy):
+        if not load.left:
+            check_heads(strategy, ScannedFiles(_share(checkpoint, strategy, session.rank, session.world_size)))
         if session.is_leader:
-            check_source(strategy, ScannedFiles(checkpoint), Allowed(config.allow_extra, config.allow_missing))
+            plan = check_source(strategy, ScannedFiles(checkpoint), allowed)
+            load.check_resumable(checkpoint, {tensor.tensor.name for file in plan.files for tensor in file.tensors})
 
 
 def _share(checkpoint: Checkpoint, strategy: Strategy, rank: int, world_size: int) -> Checkpoint:

@@ -13,6 +13,7 @@ WATCHED = frozenset(
     {
         "mindformers.tools.utils",
         "mindformers.utils.file_utils",
+        "mindformers.utils.load_checkpoint_utils",
         "mindformers.trainer.trainer",
         "mindformers.trainer.utils",
         "mindformers.models.modeling_utils",

@@ -14,6 +14,7 @@ from auto_trans.coordination.lock import OutputLock
 from auto_trans.coordination.session import Session, job_key
 from auto_trans.core.consistency import Network
 from auto_trans.errors import AutoTransError, RankFailedError
+from auto_trans.jobs import Load
 from auto_trans.log import logger
 
 __all__ = ["Job", "Running", "in_yaml_words"]
@@ -26,10 +27,14 @@ class Running:
     Attributes:
         settings: The configuration of the job.
         network: The network, while weights are loaded into it.
+        load: What is loaded, while it is.
+        reshards: Whether the job is left alone because it reshards its checkpoint itself.
     """
 
     settings: Mapping[str, Any]
     network: Optional[Network] = None
+    load: Optional[Load] = None
+    reshards: bool = False
 
 
 # MindFormers calls what it imported from us deep inside of what we wrap: this carries from the outer call to the inner one
@@ -89,6 +94,11 @@ class Job:
     def strategy_dir(self) -> Path:
         """Where MindSpore saves the strategy that this job compiled."""
         return self.output / "strategy"
+
+    @property
+    def unified_dir(self) -> Path:
+        """Where the weights of a safetensors job go if they are merged first."""
+        return self.output / "unified_checkpoint"
 
     @property
     def transformed_dir(self) -> Path:

@@ -8,29 +8,43 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
-from auto_trans.config import AutoTransConfig
 from auto_trans.coordination.election import elect
-from auto_trans.core.consistency import Network
+from auto_trans.core.consistency import Network, check_known
+from auto_trans.hooks.clear import check_and_empty
 from auto_trans.hooks.job import Job, Running, in_yaml_words
+from auto_trans.jobs import RESHARDS, Load, load_path, reshards_itself
 from auto_trans.log import logger
+from auto_trans.storage.sources import ScannedFiles
 
-__all__ = ["WHOLE_MODES", "check_settings", "load_checkpoint", "load_path", "look_at"]
-
-# parallel modes in which every rank holds all weights whole
-WHOLE_MODES = ("stand_alone", "data_parallel")
+__all__ = ["check_settings", "load_checkpoint", "look_at"]
 
 
 def check_settings(original: Callable[..., None], trainer: Any, *args: Any, **kwargs: Any) -> None:
     """Has the Trainer check its settings, known to what it calls meanwhile (`auto_trans.hooks.clear`).
+
+    Not every version of MindFormers empties the output directory of a safetensors job then, so that is done here.
 
     Args:
         original: MindFormers' own method.
         trainer: The Trainer.
         *args: Passed on.
         **kwargs: Passed on.
+
+    Raises:
+        AutoTransError: The source cannot be converted, or lies where it would be deleted.
     """
-    with Job.knowing(Running(trainer.config)):
+    reshards = bool(trainer.config.get("auto_trans_ckpt")) and reshards_itself(trainer.config)
+    if reshards:
+        logger.info("auto_trans leaves this job alone: %s", RESHARDS)
+    with Job.knowing(Running(trainer.config, reshards=reshards)):
         original(trainer, *args, **kwargs)
+    config = trainer.config
+    ours = config.get("auto_trans_ckpt") and config.get("load_ckpt_format") == "safetensors" and not reshards
+    if ours and load_path(config):
+        with in_yaml_words():
+            load = Load.of(config, modelarts=Job.in_modelarts())
+        if load.checked:
+            check_and_empty(Job.current(), load)
 
 
 def load_checkpoint(
@@ -48,30 +62,30 @@ def load_checkpoint(
 
     Raises:
         ConfigError: A setting has a value that it cannot have.
+        PlanError: Complete weights are of another model.
     """
-    leave_to_stock = ""
-    if config.load_ckpt_format == "safetensors":
-        leave_to_stock = "load_ckpt_format is safetensors"
-    elif Job.in_modelarts():
-        leave_to_stock = "this is ModelArts"
-    if not config.auto_trans_ckpt or config.only_save_strategy or leave_to_stock:
-        if leave_to_stock and config.auto_trans_ckpt:
-            logger.info("%s: MindFormers' own conversion is used, not that of auto_trans", leave_to_stock)
+    if not config.auto_trans_ckpt or config.only_save_strategy:
         original(config, model, network, *args, **kwargs)
         return
     job = Job.current()
-    with in_yaml_words():
-        settings = AutoTransConfig.from_settings(config, load_path(config))
-        elect(job.world_size, settings.transform_process_num)
-    optimizer = kwargs.get("optimizer", args[1] if len(args) > 1 else None)
     try:
-        with Job.knowing(Running(config, look_at(network, optimizer))):
+        with in_yaml_words():
+            load = Load.of(config, modelarts=Job.in_modelarts())
+            if load.left:
+                logger.info("%s: MindFormers' own conversion is used, not that of auto_trans", load.left)
+            if load.checked:
+                elect(job.world_size, load.config.transform_process_num)
+        optimizer = kwargs.get("optimizer", args[1] if len(args) > 1 else None)
+        known = look_at(job.world_size, network, optimizer)
+        if load.left and load.checked:
+            _check_complete(load, network, known)
+        with Job.knowing(Running(config, known, load)):
             original(config, model, network, *args, **kwargs)
     finally:
         job.release()
 
 
-def look_at(*cells: Any) -> Network:
+def look_at(world_size: int, *cells: Any) -> Network:
     """What is known of networks and optimizers that MindFormers has built, and perhaps compiled."""
     from mindspore import context
 
@@ -81,11 +95,26 @@ def look_at(*cells: Any) -> Network:
             shape = tuple(parameter.shape)
             if all(n >= 0 for n in shape):  # -1: not known before the first step
                 shapes[parameter.name] = shape
-    return Network(shapes, sliced=context.get_auto_parallel_context("parallel_mode") not in WHOLE_MODES)
+    # with parallel_mode STAND_ALONE the layers of a network for inference are built as slices
+    sliced = world_size > 1 and context.get_auto_parallel_context("parallel_mode") != "data_parallel"
+    return Network(shapes, sliced=sliced)
 
 
-def load_path(config: Any) -> Any:
-    """The path of the weights; MindFormers 1.9 moved it to ``config.checkpoint.load_path``."""
-    checkpoint = config.get("checkpoint")
-    moved = checkpoint.get("load_path") if hasattr(checkpoint, "get") else None
-    return moved or config.load_checkpoint
+def _check_complete(load: Load, network: Any, known: Network) -> None:
+    """Looks whether complete weights, which MindFormers slices while it loads them, are of this model at all."""
+    strategy = load.source_strategy()
+    for checkpoint in load.find(strategy):
+        heads = ScannedFiles(checkpoint)
+        names = {_translated(network, name) for rank in heads.ranks for name in heads.tensors(rank)}
+        check_known(known, names, str(checkpoint.path))
+
+
+def _translated(network: Any, name: str) -> str:
+    """The network's own name of a parameter that may bear HuggingFace's."""
+    for cell in (network, *(cell for _, cell in network.cells_and_names())):
+        if hasattr(cell, "convert_name"):
+            try:
+                return str(cell.convert_name(name))
+            except RuntimeError:  # a model that has no names of HuggingFace
+                break
+    return name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import re
 import sys
 from types import ModuleType
@@ -56,24 +57,19 @@ def _warn_of_version(version: str) -> None:
     )  # fmt: skip
 
 
-def _clear(original: Callable[..., None]) -> Callable[..., None]:
-    from auto_trans.hooks.clear import clear_auto_trans_output
+def _around(module: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a replacement that hands the original to a function of `auto_trans.hooks`, imported when it is made."""
 
-    @functools.wraps(original)
-    def clear(*args: Any, **kwargs: Any) -> None:
-        clear_auto_trans_output(original, *args, **kwargs)
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        ours = getattr(importlib.import_module(f"auto_trans.hooks.{module}"), name)
 
-    return clear
+        @functools.wraps(original)
+        def replacement(*args: Any, **kwargs: Any) -> Any:
+            return ours(original, *args, **kwargs)
 
+        return replacement
 
-def _load(original: Callable[..., None]) -> Callable[..., None]:
-    from auto_trans.hooks.load import load_checkpoint
-
-    @functools.wraps(original)
-    def load(*args: Any, **kwargs: Any) -> None:
-        load_checkpoint(original, *args, **kwargs)
-
-    return load
+    return make
 
 
 def _trainer(original: type) -> type:
@@ -103,11 +99,21 @@ def _transform(original: type) -> type:
 
 
 _CHECK = "_check_config_rules"
-_CLEAR: dict[str, Callable[[Any], Any]] = {"clear_auto_trans_output": _clear}
+_CLEAR = {"clear_auto_trans_output": _around("clear", "clear_auto_trans_output")}
 _REPLACEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "mindformers.tools.utils": _CLEAR,
     "mindformers.utils.file_utils": _CLEAR,
+    "mindformers.utils.load_checkpoint_utils": {
+        "_get_src_file_suffix": _around("safetensors", "choose_suffix"),
+        "get_merged_dst_strategy_path": _around("safetensors", "merge_target_strategy"),
+        "get_merged_src_strategy_path": _around("safetensors", "merge_source_strategy"),
+        "load_safetensors_checkpoint": _around("safetensors", "load_slices"),
+        "unify_safetensors": _around("safetensors", "unify"),
+    },
     "mindformers.models.modeling_utils": {"TransformCkpt": _transform},
     "mindformers.trainer.trainer": {"Trainer": _trainer},
-    "mindformers.trainer.utils": {"TransformCkpt": _transform, "transform_and_load_checkpoint": _load},
+    "mindformers.trainer.utils": {
+        "TransformCkpt": _transform,
+        "transform_and_load_checkpoint": _around("load", "load_checkpoint"),
+    },
 }

@@ -9,18 +9,22 @@ from typing import Any, Optional
 from auto_trans.config import AutoTransConfig, parse_boolean, parse_npu_num
 from auto_trans.coordination.election import Assignment, elect
 from auto_trans.core.consistency import Network
+from auto_trans.core.edits import Drop
 from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import StrategyError, StrategyNotFoundError
 from auto_trans.hooks.job import Job, in_yaml_words
-from auto_trans.hooks.load import WHOLE_MODES
 from auto_trans.log import logger
 from auto_trans.request import Request
 from auto_trans.storage.sources import as_strategy
 from auto_trans.storage.strategies import read_strategy
 from auto_trans.together import REPORT_NAME, SharedConversion, convert_together
 
-__all__ = ["TransformCkpt", "convert_for_job", "read_compiled_strategy"]
+__all__ = ["TransformCkpt", "convert_for_job", "read_compiled_strategy", "unify_for_job"]
+
+# parallel modes in which every rank holds all weights whole
+_WHOLE_MODES = ("stand_alone", "data_parallel")
+_UNIFIED_FILE_BYTES = 2**30  # small enough that all converters have some
 
 
 class TransformCkpt:
@@ -113,6 +117,7 @@ def convert_for_job(
     assignments: tuple[Assignment, ...],
     prefix: str,
     network: Optional[Network],
+    format: str = "ckpt",
 ) -> None:
     """Converts the checkpoint of a job by all its ranks, which all call this.
 
@@ -122,6 +127,7 @@ def convert_for_job(
         assignments: The converter ranks and their slices.
         prefix: Beginning of the target files' names.
         network: The network that the weights are loaded into, where it is known.
+        format: Format of the target files.
 
     Raises:
         AutoTransError: The conversion failed here or on another rank.
@@ -137,7 +143,7 @@ def convert_for_job(
             Strategy.complete(),
             allowed=Allowed(settings.allow_extra, settings.allow_missing),
             prefix=prefix,
-            format="ckpt",
+            format=format,
             resume_file=settings.resume_file,
             engine=settings.engine,
             by_rank=by_rank and job.world_size > 1,
@@ -151,6 +157,37 @@ def convert_for_job(
             job.output / REPORT_NAME,
             assignments,
             settings.timing,
+        )
+        convert_together(session, shared)
+
+
+def unify_for_job(job: Job, settings: AutoTransConfig, assignments: tuple[Assignment, ...]) -> None:
+    """Merges the checkpoint of a job by all its ranks, which all call this, for MindFormers to slice.
+
+    Args:
+        job: The job.
+        settings: Its settings.
+        assignments: The converter ranks.
+
+    Raises:
+        AutoTransError: The merge failed here or on another rank.
+    """
+    ranks = [assignment.rank for assignment in assignments]
+    with job.session("unify", json.dumps([Path(settings.load_checkpoint).name, ranks]), settings.timing) as session:
+        request = Request(
+            Path(settings.load_checkpoint),
+            job.unified_dir,
+            as_strategy(settings.src_strategy),
+            Strategy.complete(),
+            edits=(Drop(("accu_grads.",)),),
+            allowed=Allowed(settings.allow_extra, settings.allow_missing),
+            format="safetensors",
+            shard_size=_UNIFIED_FILE_BYTES,
+            resume_file=settings.resume_file,
+            memory_limit=settings.memory_limit,
+        )
+        shared = SharedConversion(
+            request, job.strategy_dir, Strategy.complete, job.output / REPORT_NAME, assignments, settings.timing
         )
         convert_together(session, shared)
 
@@ -184,4 +221,4 @@ def _compiles_no_strategy() -> bool:
     """Whether every rank of the job holds all weights, so that MindSpore saves no strategy."""
     from mindspore import context
 
-    return context.get_auto_parallel_context("parallel_mode") in WHOLE_MODES
+    return context.get_auto_parallel_context("parallel_mode") in _WHOLE_MODES

@@ -237,11 +237,12 @@ class SafetensorsSet(Target):
         return {self.folder}
 
     def check(self, files: Iterable[FilePlan]) -> None:
-        """Refuses whatever else lies in the folder, see `Target`."""
-        ours = {name for name in self._names if self._manifest.done(name)}
-        if ours:
-            ours |= {MANIFEST_NAME, *INDEX_NAMES}
+        """Refuses whatever else lies in the folder, see `Target`; what other converters write is theirs to check."""
         there = _contents(self.folder)
+        self._manifest.refresh()  # only now: others publish meanwhile
+        done = {name for name in self._names if self._manifest.done(name)}
+        theirs = set(self._names) - {name for file in files for name in self.names(file)}
+        ours = {*done, *theirs, *((MANIFEST_NAME, *INDEX_NAMES) if done else ())}
         _refuse(next((file for file in there if file.name not in ours and not file.name.startswith(".")), None))
         self._refuse_rival()
 

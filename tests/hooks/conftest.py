@@ -50,7 +50,7 @@ class TinyLlama:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         logs = self.folder / f"{output}_logs"
-        parallel = ["use_parallel=True", "parallel.parallel_mode=0", f"parallel_config.data_parallel={ranks}"]
+        parallel = ["use_parallel=True", f"parallel_config.data_parallel={ranks}"]
         launchers = []
         for node in range(nodes):
             msrun = [str(Path(sys.executable).parent / "msrun"), f"--worker_num={ranks}", "--cluster_time_out=120"]
@@ -63,7 +63,7 @@ class TinyLlama:
             msrun += ["--master_addr=127.0.0.1", f"--node_rank={node}"] if nodes > 1 else []
             launchers.append(
                 subprocess.Popen(
-                    [*msrun, *arguments, *parallel], env=self._environ(environ), cwd=self.folder,
+                    [*msrun, *arguments[:2], *parallel, *arguments[2:]], env=self._environ(environ), cwd=self.folder,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 )
             )  # fmt: skip

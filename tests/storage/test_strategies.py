@@ -121,7 +121,7 @@ def test_file_of_a_rank_outside_its_stage_is_refused(tmp_path):
         read_strategy(tmp_path)
 
 
-@pytest.mark.parametrize("extra", [{"field": 8}, {"param_split_shape": [3, 5]}])
+@pytest.mark.parametrize("extra", [{"field": 8}, {"param_split_shape": [3, 5], "indices_offset": [0, 3]}])
 def test_uneven_slicing_is_refused_where_it_is_needed(tmp_path, extra):
     file = strategy_file(tmp_path / "s_rank_0.ckpt", {"even": ([2], [[0, -1]])})
     uneven = strategy_file(tmp_path / "u_rank_0.ckpt", {"table": ([2], [[0, -1]])}, **extra)
@@ -130,6 +130,14 @@ def test_uneven_slicing_is_refused_where_it_is_needed(tmp_path, extra):
     assert strategy.layout("even", 0) is not None
     with pytest.raises(LayoutError, match=r"table.*sliced unevenly"):
         strategy.layout("table", 0)
+
+
+def test_shape_in_the_strategy_of_a_stand_alone_job_is_no_uneven_slicing():
+    """MindFormers 1.7 wrote this file for a job of four ranks with parallel_mode STAND_ALONE."""
+    strategy = read_strategy(oracle.DATA.parent / "stand_alone" / "ckpt_strategy_rank_0.ckpt")
+    assert strategy.world_size == 4 and not strategy.refused
+    layout = strategy.layout("model.tok_embeddings.embedding_weight", 0)
+    assert layout.slice_shape((128, 64)) == (128, 64) and layout.owners((0, 0)) == (0, 1, 2, 3)
 
 
 def test_extra_entry_of_a_one_dimensional_layout_is_no_dimension():

@@ -84,7 +84,7 @@ def encode(tensors: Iterable[T]) -> Iterator[tuple[T, list[Record]]]:
                 f"parameter {tensor.name} bears a name that safetensors files keep for themselves; write .ckpt files"
             )
     tensors.sort(key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name))
-    header: dict[str, Any] = {_METADATA: {"format": "ms"}}
+    header: dict[str, Any] = {_METADATA: {"format": "ms", "remove_redundancy": "False"}}
     offset = 0
     for tensor in tensors:
         # MindSpore stores some scalars of .ckpt files with dims (0,)

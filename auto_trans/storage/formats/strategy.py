@@ -149,10 +149,11 @@ class _Layouts(NamedTuple):
 
         A single ``tensor_map`` entry holds one axis per tensor dimension. Several entries are those of a mindspore Layout,
         one per dimension; one without numbers does not count as a dimension for certain, as MindSpore adds one to
-        one-dimensional parameters.
+        one-dimensional parameters. A ``param_split_shape`` alone is what MindFormers writes for STAND_ALONE jobs, the shape
+        of the parameter; with offsets it is that of parts of different sizes.
         """
         dev_matrices, entries, split_shapes, offsets = (self.repeated[number] for number in (1, 2, 3, 4))
-        if self.single[5] or any(split_shapes) or any(offsets):
+        if self.single[5] or any(offsets):
             raise LayoutError(
                 f"it is sliced unevenly (dev_matrix {dev_matrices}, tensor_map {entries}, param_split_shape {split_shapes}, "
                 f"indices_offset {offsets}, field {self.single[5]}), which is not supported; save the weights with an even "

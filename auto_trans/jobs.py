@@ -1,0 +1,169 @@
+"""What a job loads, and whose conversion it gets: one answer for the hook, which acts by it, and for doctor."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+from auto_trans.config import AutoTransConfig, parse_boolean
+from auto_trans.core.strategy import Strategy
+from auto_trans.errors import ConfigError
+from auto_trans.storage.names import HYPER_PARAMETERS, RANK_FOLDER
+from auto_trans.storage.sources import Checkpoint, as_strategy, find_sources
+
+__all__ = ["NOT_ASKED", "RESHARDS", "Load", "load_path", "reshards_itself"]
+
+NOT_ASKED = "auto_trans_ckpt is not True"
+RESHARDS = "it loads Checkpoint 2.0, which MindFormers reshards by itself"
+
+_STEP = "global_step"
+# MindFormers 1.8 has renamed it
+_OLD_FORMAT = ("use_legacy_format", "ckpt_use_legacy_format")
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a job loads.
+
+    Attributes:
+        config: Its settings; those of a safetensors job name the folder above the rank folders, and the strategy beside it
+            where none is given.
+        format: ``ckpt`` or ``safetensors``.
+        resumes: Whether training goes on where it was, so that the optimizer and its step are needed.
+        left: Why MindFormers loads by itself, as a sentence without its beginning; empty if auto_trans converts.
+        checked: Whether auto_trans checks the source before the graph is compiled.
+    """
+
+    config: AutoTransConfig
+    format: str
+    resumes: bool = False
+    left: str = ""
+    checked: bool = True
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], *, modelarts: bool = False, reshards: bool = False) -> Load:
+        """Judges the settings of a job.
+
+        Args:
+            settings: A MindFormers configuration, or any mapping with its keys.
+            modelarts: Whether the job runs on ModelArts.
+            reshards: Whether it is a job of Checkpoint 2.0, see `reshards_itself`.
+
+        Raises:
+            ConfigError: A setting has a value that it cannot have, or MindFormers would refuse to load.
+        """
+        format = settings.get("load_ckpt_format") or "ckpt"
+        config = AutoTransConfig.from_settings(settings, load_path(settings))
+        load = cls(config, format, bool(settings.get("resume_training")))
+        left = _left_as_a_whole(settings, modelarts, reshards)
+        if left:
+            return replace(load, left=left, checked=False)
+        if format == "safetensors":
+            return _safetensors(load, parse_boolean("use_parallel", settings.get("use_parallel")))
+        if format != "ckpt":
+            raise ConfigError(f"load_ckpt_format must be ckpt or safetensors, not {format!r}")
+        return load
+
+    def source_strategy(self) -> Strategy:
+        """The strategy of the source, read.
+
+        Raises:
+            StrategyError: It cannot be read.
+        """
+        return as_strategy(self.config.src_strategy)
+
+    def check_resumable(self, checkpoint: Checkpoint, names: Collection[str]) -> None:
+        """Looks whether a safetensors job that resumes finds the step at which it goes on.
+
+        Args:
+            checkpoint: The chosen files.
+            names: The parameters that they hold.
+
+        Raises:
+            ConfigError: MindFormers would not find it after the graph is compiled.
+        """
+        if self.format != "safetensors" or not self.resumes:
+            return
+        if checkpoint.distributed and _STEP not in names:
+            raise ConfigError(
+                f"resume_training is set, but {checkpoint.path} holds no {_STEP}: it was saved without its optimizer; set "
+                f"resume_training: False, or load_checkpoint to weights that hold it"
+            )
+        if not checkpoint.distributed and not (Path(self.config.load_checkpoint) / HYPER_PARAMETERS).is_file():
+            raise ConfigError(
+                f"resume_training is set, but {self.config.load_checkpoint} holds no {HYPER_PARAMETERS}, without which "
+                f"MindFormers does not resume from complete weights; set resume_training: False, or give the rank folders"
+            )
+
+    def find(self, strategy: Strategy) -> list[Checkpoint]:
+        """The chosen files, see `auto_trans.storage.sources.find_sources`.
+
+        Raises:
+            AutoTransError: There are none, or they and the strategy do not go together.
+        """
+        return find_sources(self.config.load_checkpoint, strategy, self.config.resume_file)
+
+
+def load_path(settings: Mapping[str, Any]) -> Any:
+    """The path of the weights; MindFormers 1.9 moved it to ``checkpoint.load_path``."""
+    checkpoint = settings.get("checkpoint")
+    moved = checkpoint.get("load_path") if isinstance(checkpoint, Mapping) else None
+    return moved or settings.get("load_checkpoint")
+
+
+def reshards_itself(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings, as the user wrote them, are those of a job of Checkpoint 2.0.
+
+    MindFormers 1.9 fills ``checkpoint`` of every job when it checks the settings; afterwards this tells nothing.
+    """
+    if settings.get("run_mode") not in (None, "train", "finetune"):  # nothing else knows that format
+        return False
+    return bool(settings.get("checkpoint")) or any(settings.get(name) is False for name in _OLD_FORMAT)
+
+
+def _left_as_a_whole(settings: Mapping[str, Any], modelarts: bool, reshards: bool) -> str:
+    if not settings.get("auto_trans_ckpt"):
+        return NOT_ASKED
+    if reshards:
+        return RESHARDS
+    if modelarts:
+        return "this is ModelArts"
+    if settings.get("only_save_strategy"):
+        return "only_save_strategy is True"
+    if settings.get("use_legacy") is False and settings.get("run_mode") == "predict":
+        return "inference with use_legacy: False reads weights by itself"
+    return ""
+
+
+def _safetensors(load: Load, use_parallel: bool) -> Load:
+    """A safetensors job: distributed weights are converted, complete ones are sliced by MindFormers as it loads them."""
+    config = load.config
+    path = Path(config.load_checkpoint).expanduser()
+    if path.is_file() and RANK_FOLDER.match(path.parent.name):
+        config = replace(config, load_checkpoint=str(path.parent.parent), resume_file=path.name)
+        path = path.parent.parent
+    if not path.is_dir() or not any(RANK_FOLDER.match(child.name) for child in path.iterdir()):
+        if path.is_file() and use_parallel:
+            raise ConfigError(
+                f"load_checkpoint {path} is a file, which MindFormers does not load with use_parallel: True; give the "
+                f"folder that holds it alone"
+            )
+        if not use_parallel:
+            return replace(load, left="the weights are complete, and so is the model of one rank", checked=False)
+        return replace(load, left="the weights are complete, and MindFormers slices them while it loads")
+    if not use_parallel:
+        raise ConfigError(
+            f"load_checkpoint {path} holds rank folders, which MindFormers loads as safetensors with use_parallel: True "
+            f"only; set it, or merge the weights first: auto-trans merge-safetensors"
+        )
+    if config.src_strategy is None:
+        config = replace(config, src_strategy=_beside(path))
+    return replace(load, config=config)
+
+
+def _beside(checkpoint: Path) -> Optional[str]:
+    """The strategy folder that a job leaves beside its checkpoints."""
+    folder = checkpoint.absolute().parent / "strategy"
+    return str(folder) if folder.is_dir() and any(folder.iterdir()) else None
