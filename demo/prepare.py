@@ -1,4 +1,7 @@
-"""Makes the demo's inputs: ``python prepare.py data FOLDER`` and ``python prepare.py slice CHECKPOINT FOLDER MP``."""
+"""Makes the demo's inputs.
+
+``python prepare.py data FOLDER`` and ``python prepare.py slice CHECKPOINT FOLDER MP [ckpt|safetensors]``.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,11 @@ def make_data(folder: Path) -> None:
     writer.commit()
 
 
-def slice_checkpoint(checkpoint: Path, folder: Path, mp: int) -> None:
-    """Cuts a complete LLaMA checkpoint into ``mp`` tensor-parallel slices, with the strategy files that belong to them."""
+def slice_checkpoint(checkpoint: Path, folder: Path, mp: int, form: str = "ckpt") -> None:
+    """Cuts a complete LLaMA checkpoint into ``mp`` tensor-parallel slices, with the strategy files that belong to them.
+
+    MindSpore writes the files, in either format.
+    """
     weights = {name: p.asnumpy() for name, p in mindspore.load_checkpoint(str(checkpoint)).items()}
     for rank in range(mp):
         slices = []
@@ -34,7 +40,7 @@ def slice_checkpoint(checkpoint: Path, folder: Path, mp: int) -> None:
             slices.append({"name": name, "data": mindspore.Tensor(np.array(part, order="C"))})
         target = folder / "checkpoint" / f"rank_{rank}"
         target.mkdir(parents=True)
-        mindspore.save_checkpoint(slices, str(target / f"tiny_rank_{rank}-1_8.ckpt"))
+        mindspore.save_checkpoint(slices, str(target / f"tiny_rank_{rank}-1_8.{form}"), format=form)
     listed = [(name, weight.ndim) for name, weight in weights.items() if weight.size > 1]
     write_strategy_files(folder / "strategy", listed, 1, mp)
 
@@ -43,4 +49,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "data":
         make_data(Path(sys.argv[2]))
     else:
-        slice_checkpoint(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+        slice_checkpoint(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:6])

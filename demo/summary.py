@@ -11,20 +11,23 @@ _RANKS = 4
 
 
 def main() -> None:
-    """Reads the logs and the report of the two runs and compares them."""
+    """Reads the logs and the reports of the runs and compares them."""
     output = Path(sys.argv[1])
-    report = json.loads((output / "converted" / "auto_trans_report.json").read_text())
-    print("\n  converter   slices   written      seconds")
-    for converter in report["converters"]:
-        first, last = converter["slices"]
-        written = f"{converter['bytes_written'] / 2**20:.2f} MiB"
-        print(f"  rank {converter['rank']:<6} {first} - {last}    {written:<12} {converter['seconds']:.2f}")
-    print(f"  whole conversion, with all waiting: {report['seconds']:.2f} s\n")
-    converted, unsliced = (_first_losses(output / f"{name}_logs") for name in ("converted", "unsliced"))
-    print("  rank   first-step loss, converted   first-step loss, unsliced weights")
-    for rank, (a, b) in enumerate(zip(converted, unsliced)):
-        print(f"  {rank:<6} {a:<28} {b}")
-    if converted != unsliced:
+    for name in ("converted", "safetensors"):
+        report = json.loads((output / name / "auto_trans_report.json").read_text())
+        print(f"\n  {name}: {report['seconds']:.2f} s in all, waiting included")
+        print("  converter   slices   written      seconds")
+        for converter in report["converters"]:
+            first, last = converter["slices"]
+            written = f"{converter['bytes_written'] / 2**20:.2f} MiB"
+            print(f"  rank {converter['rank']:<6} {first} - {last}    {written:<12} {converter['seconds']:.2f}")
+    names = ("unsliced", "converted", "safetensors")
+    losses = {name: _first_losses(output / f"{name}_logs") for name in names}
+    print("\n  first-step loss of each rank")
+    print("  rank   " + "".join(f"{name:<14}" for name in names))
+    for rank in range(_RANKS):
+        print(f"  {rank:<6} " + "".join(f"{losses[name][rank]:<14}" for name in names))
+    if any(losses[name] != losses["unsliced"] for name in names):
         sys.exit("\nthe losses differ: the conversion is wrong")
     print("\nthe converted weights train exactly like the unsliced ones")
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The main job on a machine with nothing but Python 3.11: a tiny LLaMA is trained by the real MindFormers Trainer, its
-# weights are sliced four ways, and a job of four ranks with auto_trans_ckpt: True converts them, loads them and trains on.
+# weights are sliced four ways, and a job of four ranks with auto_trans_ckpt: True converts them, loads them and trains on;
+# once as .ckpt files and once as safetensors.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -19,7 +20,7 @@ train() { # name, ranks, settings...
     else
         msrun --worker_num="$ranks" --local_worker_num="$ranks" --master_port="${MASTER_PORT:-8118}" --join=True \
             --cluster_time_out=120 --log_dir="$output/${name}_logs" "${job[@]}" use_parallel=True \
-            parallel.parallel_mode=0 "parallel_config.data_parallel=$ranks" >"$output/$name.log" 2>&1
+            "parallel_config.data_parallel=$ranks" >"$output/$name.log" 2>&1
     fi || { echo "$name failed; see $output/$name.log" >&2; exit 1; }
 }
 
@@ -30,6 +31,7 @@ complete=$output/first/checkpoint/rank_0/tiny_rank_0-1_8.ckpt
 
 echo "== slicing its weights as a job with model_parallel: 4 would have saved them"
 python demo/prepare.py slice "$complete" "$output/mp4" 4
+python demo/prepare.py slice "$complete" "$output/mp4_safetensors" 4 safetensors
 
 echo "== four ranks load the unsliced weights with MindFormers alone, for comparison"
 AUTO_TRANS_DISABLE=1 train unsliced 4 "load_checkpoint=$complete"
@@ -37,5 +39,9 @@ AUTO_TRANS_DISABLE=1 train unsliced 4 "load_checkpoint=$complete"
 echo "== four ranks start with auto_trans_ckpt: True, transform_process_num: 2"
 train converted 4 auto_trans_ckpt=True transform_process_num=2 "load_checkpoint=$output/mp4/checkpoint" \
     "src_strategy_path_or_dir=$output/mp4/strategy" compile_stand_in=4x1
+
+echo "== the same from safetensors, as the YAMLs that MindFormers ships today have it"
+train safetensors 4 auto_trans_ckpt=True transform_process_num=2 load_ckpt_format=safetensors \
+    "load_checkpoint=$output/mp4_safetensors/checkpoint" parallel.parallel_mode=STAND_ALONE
 
 python demo/summary.py "$output"

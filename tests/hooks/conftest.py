@@ -36,14 +36,24 @@ class TinyLlama:
         self.complete = self.checkpoint / "rank_0" / "tiny_rank_0-1_8.ckpt"
         self._python(DEMO / "prepare.py", "slice", self.complete, folder / "mp4", 4)
         self.distributed, self.strategy = folder / "mp4" / "checkpoint", folder / "mp4" / "strategy"
+        self._python(DEMO / "prepare.py", "slice", self.complete, folder / "mp4_safetensors", 4, "safetensors")
+        self.safetensors = folder / "mp4_safetensors" / "checkpoint"
 
-    def train(self, output: str, *settings: str, ranks: int = 1, nodes: int = 1, environ: dict | None = None) -> Run:
+    def train(
+        self,
+        output: str,
+        *settings: str,
+        ranks: int = 1,
+        nodes: int = 1,
+        environ: dict | None = None,
+        msrun: bool = False,
+    ) -> Run:
         """Trains with the Trainer; several ranks are started by msrun, one launcher for each node."""
         arguments = [
             str(DEMO / "start.py"), str(DEMO / "tiny_llama.yaml"), f"output_dir={self.folder / output}",
             f"train_dataset.data_loader.dataset_dir={self.folder / 'data'}", *map(str, settings),
         ]  # fmt: skip
-        if ranks == 1:
+        if ranks == 1 and not msrun:
             done = self._python(*arguments, check=False, environ=environ)
             return Run(done.returncode, [done.stdout])
         with socket.socket() as s:
@@ -53,17 +63,17 @@ class TinyLlama:
         parallel = ["use_parallel=True", f"parallel_config.data_parallel={ranks}"]
         launchers = []
         for node in range(nodes):
-            msrun = [str(Path(sys.executable).parent / "msrun"), f"--worker_num={ranks}", "--cluster_time_out=120"]
-            msrun += [
+            command = [str(Path(sys.executable).parent / "msrun"), f"--worker_num={ranks}", "--cluster_time_out=120"]
+            command += [
                 f"--local_worker_num={ranks // nodes}",
                 f"--master_port={port}",
                 f"--log_dir={logs}_{node}",
                 "--join=True",
             ]
-            msrun += ["--master_addr=127.0.0.1", f"--node_rank={node}"] if nodes > 1 else []
+            command += ["--master_addr=127.0.0.1", f"--node_rank={node}"] if nodes > 1 else []
             launchers.append(
                 subprocess.Popen(
-                    [*msrun, *arguments[:2], *parallel, *arguments[2:]], env=self._environ(environ), cwd=self.folder,
+                    [*command, *arguments[:2], *parallel, *arguments[2:]], env=self._environ(environ), cwd=self.folder,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 )
             )  # fmt: skip
