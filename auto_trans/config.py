@@ -136,6 +136,8 @@ class AutoTransConfig:
         settings: Mapping[str, Any],
         load_checkpoint: Any,
         environ: Mapping[str, str] = os.environ,
+        *,
+        loads: bool = True,
     ) -> AutoTransConfig:
         """Reads and validates the settings of a job.
 
@@ -143,6 +145,7 @@ class AutoTransConfig:
             settings: A MindFormers configuration, or any mapping with its keys; absent keys take their defaults.
             load_checkpoint: The checkpoint path; its key differs between MindFormers' versions.
             environ: The environment.
+            loads: Whether a checkpoint is loaded at all, so that its path must be given.
 
         Raises:
             ConfigError: A setting has a value that it cannot have.
@@ -157,7 +160,9 @@ class AutoTransConfig:
         unknown = [str(name) for name in own if name not in _OWN]
         if unknown:
             raise ConfigError(f"auto_trans has no setting {', '.join(unknown)}; it has {', '.join(_OWN)}")
-        if not isinstance(load_checkpoint, (str, os.PathLike)) or not str(load_checkpoint):
+        if not loads and not load_checkpoint:
+            load_checkpoint = ""
+        elif not isinstance(load_checkpoint, (str, os.PathLike)) or not str(load_checkpoint):
             raise ConfigTypeError(f"load_checkpoint must be the path of the weights to load, not {load_checkpoint!r}")
         strategy = settings.get("src_strategy_path_or_dir")
         if strategy is not None and not isinstance(strategy, (str, os.PathLike)):

@@ -55,9 +55,9 @@ class Load:
             ConfigError: A setting has a value that it cannot have, or MindFormers would refuse to load.
         """
         format = settings.get("load_ckpt_format") or "ckpt"
-        config = AutoTransConfig.from_settings(settings, load_path(settings))
-        load = cls(config, format, bool(settings.get("resume_training")))
         left = _left_as_a_whole(settings, modelarts, reshards)
+        config = AutoTransConfig.from_settings(settings, load_path(settings), loads=not left)
+        load = cls(config, format, bool(settings.get("resume_training")))
         if left:
             return replace(load, left=left, checked=False)
         if format == "safetensors":

@@ -1,0 +1,176 @@
+"""Whose conversion a load gets, and that doctor foresees it. MindFormers' own functions are stand-ins that note the call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import yaml
+from builders import hold, strategy
+from safetensors.numpy import save_file
+from strategy_files import strategy_file
+
+from auto_trans.core.layout import Layout
+from auto_trans.doctor import examine
+from auto_trans.errors import PlanError
+from auto_trans.hooks import load as hook
+from auto_trans.hooks import safetensors as inside
+from auto_trans.hooks.job import Job
+
+pytestmark = pytest.mark.mindspore
+
+EXAMPLES = Path(__file__).parents[2] / "configs" / "examples"
+FULL = {"model.w": np.arange(32, dtype=np.float32).reshape(4, 8), "model.v": np.arange(8, dtype=np.float32)}
+
+
+class Config(dict):
+    """A configuration of MindFormers: its keys are attributes, None where they are not set."""
+
+    __getattr__ = dict.get
+    __setattr__ = dict.__setitem__
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job of one rank, without MindFormers."""
+    job = Job(0, 1, tmp_path / "output")
+    monkeypatch.setattr(Job, "current", classmethod(lambda cls, *args: job))
+    monkeypatch.setattr(Job, "in_modelarts", staticmethod(lambda: False))
+    yield job
+    job.release()
+
+
+@pytest.fixture
+def network():
+    from mindspore import Parameter, Tensor, nn
+
+    class Network(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.w = Parameter(Tensor(FULL["model.w"]), name="model.w")
+            self.v = Parameter(Tensor(FULL["model.v"]), name="model.v")
+
+    return Network()
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Format and kind -> a source of that format: rank folders of two ranks, or a complete file."""
+    import mindspore
+
+    sliced = strategy({"model.w": Layout((2,), ((0,), ())), "model.v": Layout((2,), ((0,),))})
+    for form in ("ckpt", "safetensors"):
+        for folder, held in [(f"rank_{r}", h) for r, h in hold(FULL, sliced).items()] + [("complete", FULL)]:
+            path = tmp_path / form / ("checkpoint/" + folder if folder != "complete" else folder)
+            path.mkdir(parents=True)
+            arrays = {name: np.array(array, order="C") for name, array in held.items()}
+            if form == "safetensors":
+                save_file(arrays, path / "net.safetensors")
+            else:
+                data = [{"name": name, "data": mindspore.Tensor(array)} for name, array in arrays.items()]
+                mindspore.save_checkpoint(data, str(path / "net.ckpt"))
+        for rank in range(2):
+            layouts = {"model.w": ([2], [[0, -1]]), "model.v": ([2], [[0]])}
+            strategy_file(tmp_path / form / "strategy" / f"ckpt_strategy_rank_{rank}.ckpt", layouts)
+    return tmp_path
+
+
+def convert_as_mindformers_calls_us(job, config, network):
+    """Loads as MindFormers would: what it calls inside of its own function, and whether ours converts there."""
+    loaded = []
+
+    def transform_and_load_checkpoint(config, model, network, dataset, optimizer=None):
+        if config.only_save_strategy or not config.auto_trans_ckpt:
+            return
+        if config.load_ckpt_format == "safetensors":
+            arguments = (config, ["merged"], network, "strategy", "merged", optimizer)
+            inside.load_slices(lambda _, files, *rest: loaded.extend(files), *arguments)
+        else:
+            from auto_trans.hooks.transform import TransformCkpt
+
+            TransformCkpt(auto_trans_ckpt=True, rank_id=0, world_size=1)(
+                config.load_checkpoint, src_strategy=config.src_strategy_path_or_dir
+            )
+
+    def check(trainer):
+        if trainer.config.get("checkpoint"):
+            trainer.config["use_legacy_format"] = False
+
+    hook.check_settings(check, SimpleNamespace(config=config))
+    if config.use_legacy_format is not False:
+        hook.load_checkpoint(transform_and_load_checkpoint, config, None, network, None)
+    return loaded
+
+
+MODES = {
+    "plain": {},
+    "predict": {"run_mode": "predict"},
+    "off": {"auto_trans_ckpt": False},
+    "only the strategy": {"only_save_strategy": True},
+    "Checkpoint 2.0": {"use_legacy_format": False},
+    "Checkpoint 2.0 by its mapping": {"checkpoint": {"save_max": 2}},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["checkpoint", "complete"])
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_doctor_foresees_what_the_job_does(job, network, sources, tmp_path, form, kind, mode):
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": form, "output_dir": str(job.output),
+        "load_checkpoint": str(sources / form / kind), **MODES[mode],
+    }  # fmt: skip
+    if kind == "checkpoint":
+        settings["src_strategy_path_or_dir"] = str(sources / form / "strategy")
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
+    checks, _ = examine(tmp_path / "job.yaml", 1)
+    verdicts = [check.what for check in checks if "will convert" in check.what]
+    convert_as_mindformers_calls_us(job, Config(settings), network)
+    converts = any(file.is_file() for file in job.transformed_dir.rglob("checkpoint_0.*"))
+    assert verdicts == ["1 of 1 rank will convert" if converts else "auto_trans will convert nothing"]
+    assert converts == (mode in ("plain", "predict") and (form, kind) != ("safetensors", "complete"))
+
+
+def test_rank_is_given_its_converted_file(job, network, sources):
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors", "remove_redundancy": True,
+        "load_checkpoint": str(sources / "safetensors" / "checkpoint"),
+    }  # fmt: skip
+    config = Config(settings)
+    (file,) = convert_as_mindformers_calls_us(job, config, network)
+    assert Path(file) == job.transformed_dir / "checkpoint" / "rank_0" / "checkpoint_0.safetensors"
+    assert config == settings, "the configuration is as it was"
+
+
+def test_complete_weights_of_another_model_are_told_before_anything_is_compiled(job, network, tmp_path):
+    (tmp_path / "gpt").mkdir()
+    save_file({"gpt.w": FULL["model.w"]}, tmp_path / "gpt" / "model.safetensors")
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors",
+        "load_checkpoint": str(tmp_path / "gpt"),
+    }  # fmt: skip
+    with pytest.raises(PlanError, match=r"holds no parameter of the network \(gpt.w, ... instead of model.w"):
+        hook.load_checkpoint(lambda *args: pytest.fail("compiled"), Config(settings), None, network, None)
+
+
+def test_complete_weights_may_bear_the_names_of_huggingface(job, network, tmp_path):
+    (tmp_path / "hf").mkdir()
+    save_file({"transformer.w": FULL["model.w"]}, tmp_path / "hf" / "model.safetensors")
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors",
+        "load_checkpoint": str(tmp_path / "hf"),
+    }  # fmt: skip
+    network.convert_name = lambda name: name.replace("transformer.", "model.")
+    called = []
+    hook.load_checkpoint(lambda *args: called.append(args), Config(settings), None, network, None)
+    assert called
+
+
+@pytest.mark.parametrize("example", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_doctor_knows_every_setting_of_the_examples(example, tmp_path):
+    """Their paths do not exist here; everything else is right."""
+    checks, _ = examine(example, 8)
+    errors = [check.what for check in checks if check.status == "error"]
+    assert all("is not found" in error or "hook is not active" in error for error in errors), errors
