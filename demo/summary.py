@@ -1,4 +1,4 @@
-"""Tells what the demo did: ``python summary.py OUTPUT``; fails if the converted weights train differently."""
+"""Tells what the demo did: ``python summary.py OUTPUT``; fails if the converted weights are not the unsliced ones."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import re
 import sys
 from pathlib import Path
 
+import mindspore
+
 _RANKS = 4
 
 
 def main() -> None:
-    """Reads the logs and the report of the two runs and compares them."""
+    """Compares the converted weights with the unsliced ones, and the two runs with each other."""
     output = Path(sys.argv[1])
     report = json.loads((output / "converted" / "auto_trans_report.json").read_text())
     print("\n  converter   slices   written      seconds")
@@ -20,20 +22,35 @@ def main() -> None:
         written = f"{converter['bytes_written'] / 2**20:.2f} MiB"
         print(f"  rank {converter['rank']:<6} {first} - {last}    {written:<12} {converter['seconds']:.2f}")
     print(f"  whole conversion, with all waiting: {report['seconds']:.2f} s\n")
-    converted, unsliced = (_first_losses(output / f"{name}_logs") for name in ("converted", "unsliced"))
-    print("  rank   first-step loss, converted   first-step loss, unsliced weights")
-    for rank, (a, b) in enumerate(zip(converted, unsliced)):
-        print(f"  {rank:<6} {a:<28} {b}")
-    if converted != unsliced:
+    unsliced = _contents(output / "first" / "checkpoint" / "rank_0" / "tiny_rank_0-1_8.ckpt")
+    for rank in range(_RANKS):
+        (file,) = (output / "converted" / "transformed_checkpoint").glob(f"*/rank_{rank}/*.ckpt")
+        if _contents(file) != unsliced:
+            sys.exit(f"{file} does not hold the unsliced weights: the conversion is wrong")
+    print(f"  {len(unsliced)} tensors of {_RANKS} ranks have the bytes of the unsliced weights\n")
+    converted, expected = (_losses(output / f"{name}_logs") for name in ("converted", "unsliced"))
+    print("  rank   loss of the first and the last step, converted / unsliced weights")
+    for rank, (a, b) in enumerate(zip(converted, expected)):
+        print(f"  {rank:<6} {a[0]} - {a[-1]} ({len(a)} steps) / {b[0]} - {b[-1]} ({len(b)} steps)")
+    if converted != expected:
         sys.exit("\nthe losses differ: the conversion is wrong")
     print("\nthe converted weights train exactly like the unsliced ones")
 
 
-def _first_losses(logs: Path) -> list[str]:
+def _contents(file: Path) -> dict[str, tuple[object, ...]]:
+    """Type, shape and bytes of every tensor, as MindSpore reads them."""
+    loaded = mindspore.load_checkpoint(str(file)).items()
+    return {name: (p.dtype, p.shape, p.asnumpy().tobytes()) for name, p in loaded}
+
+
+def _losses(logs: Path) -> list[list[str]]:
+    """The loss of every step, per rank."""
     losses = []
     for rank in range(_RANKS):
-        found = re.search(r"loss:\[([\d.]+)/", (logs / f"worker_{rank}.log").read_text(errors="replace"))
-        losses.append(found.group(1) if found else "none")
+        log = (logs / f"worker_{rank}.log").read_text(errors="replace")
+        losses.append(re.findall(r"step:\[ *\d+/ *\d+\], loss:\[([\d.]+)/", log))
+        if len(losses[-1]) < 2:
+            sys.exit(f"rank {rank} did not train on; see {logs}")
     return losses
 
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # The main job on a machine with nothing but Python 3.11: a tiny LLaMA is trained by the real MindFormers Trainer, its
 # weights are sliced four ways, and a job of four ranks with auto_trans_ckpt: True converts them, loads them and trains on.
+# Arguments: the folder of its output, and the job (ckpt).
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
-output=${1:-demo_output}
+output=${1:-demo_output} job=${2:-ckpt}
+[ "$job" = ckpt ] || { echo "there is no job $job, only ckpt" >&2; exit 2; }
 echo "== installing (the first time takes a few minutes)"
 source scripts/venv.sh
 rm -rf "$output"

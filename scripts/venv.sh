@@ -1,20 +1,46 @@
 #!/usr/bin/env bash
-# Makes the virtual environment of the tests and the demo: MindSpore, MindFormers and auto_trans as it lies here.
-# Sourced by the other scripts; leaves its bin folder first in PATH. AUTO_TRANS_VENV says where it lies.
+# Makes a virtual environment for the tests and the demo: MindFormers, MindSpore, and auto_trans as it lies here. Sourced by
+# the other scripts; leaves its bin folder first in PATH. AUTO_TRANS_VENV says where it lies, AUTO_TRANS_PAIR which MindFormers
+# and MindSpore are in it: 1.7.0+2.7.1, say, or "newest", what a plain pip install gives.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${AUTO_TRANS_VENV:-$root/.venv}
+pair=${AUTO_TRANS_PAIR:-1.7.0+2.7.1}
 pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
+
+# What MindFormers requires but for MindSpore, of which each pair has its own: 2.1.0 asks for one that is not published.
+# Nor is hyper-parallel, which only a job in PyNative mode on an NPU uses: an empty package of that name stands in for it.
+requirements() {
+    "$venv/bin/python" - <<'END'
+import sysconfig
+from importlib.metadata import requires
+from pathlib import Path
+
+for requirement in requires("mindformers"):
+    if requirement.startswith("hyper-parallel"):
+        stand_in = Path(sysconfig.get_path("purelib"), "hyper_parallel")
+        stand_in.mkdir(exist_ok=True)
+        (stand_in / "__init__.py").write_text('"""An empty stand-in: hyper-parallel is not published."""\n')
+    elif not requirement.startswith("mindspore"):
+        print(requirement.replace("pyarrow>=", "pyarrow==").replace(" ", ""))  # later ones want numpy 2, MindSpore 1
+END
+}
 
 if [ ! -f "$venv/complete" ]; then
     python=${PYTHON:-python3.11}
     command -v "$python" >/dev/null || { echo "Python 3.11 is needed; set PYTHON to it" >&2; exit 1; }
     "$python" -m venv "$venv"
-    "${pip[@]}" install mindspore==2.7.1 mindformers==1.7.0
+    if [ "$pair" = newest ]; then
+        "${pip[@]}" install mindformers mindspore
+    else
+        "${pip[@]}" install --no-deps "mindformers==${pair%+*}"
+        mapfile -t required < <(requirements)
+        "${pip[@]}" install "mindspore==${pair#*+}" "${required[@]}"
+    fi
     touch "$venv/complete"
 fi
 rm -rf "$root/build"
-"${pip[@]}" install "$root[mindformers]"
+"${pip[@]}" install "$root"
 "${pip[@]}" install --no-deps --force-reinstall "$root"
 export PATH="$venv/bin:$PATH" GLOG_v="${GLOG_v:-3}"
