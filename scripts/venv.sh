@@ -9,21 +9,23 @@ venv=${AUTO_TRANS_VENV:-$root/.venv}
 pair=${AUTO_TRANS_PAIR:-1.7.0+2.7.1}
 pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
 
-# What MindFormers requires but for MindSpore, of which each pair has its own: 2.1.0 asks for one that is not published.
-# Nor is hyper-parallel, which only a job in PyNative mode on an NPU uses: an empty package of that name stands in for it.
+# What MindFormers requires but for MindSpore, of which each pair has its own: 2.1.0 asks for one that is not published. Nor
+# is hyper-parallel, for which a package of empty classes stands in: only jobs in PyNative mode use it.
 requirements() {
-    "$venv/bin/python" - <<'END'
+    "$venv/bin/python" - "$root/demo/hyper_parallel_stand_in.py" <<'END'
+import shutil
+import sys
 import sysconfig
 from importlib.metadata import requires
 from pathlib import Path
 
 for requirement in requires("mindformers"):
     if requirement.startswith("hyper-parallel"):
-        stand_in = Path(sysconfig.get_path("purelib"), "hyper_parallel")
-        stand_in.mkdir(exist_ok=True)
-        (stand_in / "__init__.py").write_text('"""An empty stand-in: hyper-parallel is not published."""\n')
+        package = Path(sysconfig.get_path("purelib"), "hyper_parallel")
+        package.mkdir(exist_ok=True)
+        shutil.copy(sys.argv[1], package / "__init__.py")
     elif not requirement.startswith("mindspore"):
-        print(requirement.replace("pyarrow>=", "pyarrow==").replace(" ", ""))  # later ones want numpy 2, MindSpore 1
+        print(requirement.replace("pyarrow>=", "pyarrow=="))  # later ones need numpy 2, and MindFormers numpy 1
 END
 }
 

@@ -35,6 +35,7 @@ def run(code, **environ):
 
 
 @pytest.mark.mindspore
+@pytest.mark.pairs
 def test_wheel_installs_the_hook():
     assert "PATCHED 6 OF 6" in run(CHECK)
 
