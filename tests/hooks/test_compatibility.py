@@ -10,6 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import oracle
 import pytest
 
 from auto_trans.hooks.clear import clear_auto_trans_output
@@ -200,6 +201,21 @@ def test_doctor_says_what_the_hook_says(fake, change):
     status = "warning" if change else "ok"
     assert f"Check(status='{status}', what={verdict.what!r}, remedy={verdict.remedy!r})" in told
     assert verdict.what in run(LOOK, root.parent)
+
+
+@pytest.mark.parametrize("change", [(), ("trainer/utils.py", "optimizer=None, ", "")])
+def test_doctor_has_no_rank_convert_where_mindformers_is_left_alone(fake, tmp_path, change):
+    source = oracle.write_raw(tmp_path / "llama.ckpt", {"w": oracle.Raw("Int8", (1,), b"x")})
+    config = tmp_path / "job.yaml"
+    config.write_text(f"{{auto_trans_ckpt: True, load_checkpoint: {source}, output_dir: {tmp_path / 'output'}}}")
+    code = "import sys; from pathlib import Path; from auto_trans.doctor import examine\n"
+    out = run(
+        f"{code}checks, ranks = examine(Path({str(config)!r}))\nprint(*checks, len(ranks), sep='\\n')",
+        fake(*change).parent,
+    )
+    assert "1 file readable and complete" in out, out
+    assert ("1 of 1 rank will convert" in out) is not bool(change)
+    assert out.endswith("0\n" if change else "1\n")
 
 
 def _mindspore() -> str:
