@@ -37,7 +37,8 @@ if [ ! -f "$venv/complete" ]; then
         "${pip[@]}" install mindformers mindspore
     else
         "${pip[@]}" install --no-deps "mindformers==${pair%+*}"
-        mapfile -t required < <(requirements)
+        lines=$(requirements)
+        mapfile -t required <<<"$lines"
         "${pip[@]}" install "mindspore==${pair#*+}" "${required[@]}"
     fi
     touch "$venv/complete"
