@@ -14,7 +14,8 @@ import oracle
 import pytest
 
 from auto_trans.hooks.clear import clear_auto_trans_output
-from auto_trans.hooks.compatibility import EXPECTED, TESTED, judge
+from auto_trans.hooks.compatibility import TESTED, judge
+from auto_trans.hooks.expected import EXPECTED
 from auto_trans.hooks.finder import WATCHED
 from auto_trans.hooks.patches import _REPLACEMENTS
 from auto_trans.hooks.transform import TransformCkpt
