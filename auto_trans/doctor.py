@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from auto_trans.coordination.election import Assignment, elect
 from auto_trans.core.consistency import check_heads
 from auto_trans.core.rules import Allowed
 from auto_trans.errors import AutoTransError
-from auto_trans.hooks.patches import KNOWN_VERSIONS
+from auto_trans.hooks.compatibility import judge_installed
 from auto_trans.jobs import NOT_ASKED, Load, reshards_itself
 from auto_trans.sizes import format_bytes, plural
 from auto_trans.storage.capacity import available_memory, free_disk
@@ -90,8 +89,10 @@ def examine(
             found.append(Check("error", str(e), "set transform_process_num"))
     if any(check.status == "error" for check in found):
         return [*checks, *found], ()
-    if load is not None and load.left:
+    verdict = judge_installed()
+    if (load is not None and load.left) or (verdict is not None and not verdict.fits):
         found.append(Check("ok", "auto_trans will convert nothing"))
+        assignments = ()
     elif ranks is not None:
         found.append(Check("ok", f"{len(assignments)} of {plural(ranks, 'rank')} will convert"))
     return [*checks, *found], assignments
@@ -166,18 +167,15 @@ def _environment() -> Iterator[Check]:
 
     version = sys.version.split()[0]
     yield Check("ok", f"Python {version}")
-    for package in ("mindspore", "mindformers"):
-        try:
-            found = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            yield Check("warning", f"{package} is not installed here", "install it where the jobs run")
-            continue
-        release = re.match(r"\d+\.\d+", found)
-        if package == "mindformers" and (not release or release.group() not in KNOWN_VERSIONS):
-            remedy = f"use MindFormers {KNOWN_VERSIONS[0]} to {KNOWN_VERSIONS[-1]}, or convert offline"
-            yield Check("warning", f"mindformers {found} is not known; its own conversion is used", remedy)
-        else:
-            yield Check("ok", f"{package} {found}")
+    try:
+        yield Check("ok", f"mindspore {metadata.version('mindspore')}")
+    except metadata.PackageNotFoundError:
+        yield Check("warning", "mindspore is not installed here", "install it where the jobs run")
+    verdict = judge_installed()
+    if verdict is None:
+        yield Check("warning", "mindformers is not installed here", "install it where the jobs run")
+    else:
+        yield Check("ok" if verdict.fits else "warning", verdict.what, verdict.remedy)
     if os.environ.get("AUTO_TRANS_DISABLE", "0") not in ("", "0"):
         yield Check("warning", "the hook is turned off by AUTO_TRANS_DISABLE", "unset it")
     elif is_installed():  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Tells what the demo did: ``python summary.py OUTPUT``; fails if the converted weights train differently."""
+"""Tells what the demo did: ``python summary.py OUTPUT JOB...``; fails if the converted weights are not the unsliced ones."""
 
 from __future__ import annotations
 
@@ -7,36 +7,52 @@ import re
 import sys
 from pathlib import Path
 
+import mindspore
+
 _RANKS = 4
 
 
 def main() -> None:
-    """Reads the logs and the reports of the runs and compares them."""
-    output = Path(sys.argv[1])
-    for name in ("converted", "safetensors"):
-        report = json.loads((output / name / "auto_trans_report.json").read_text())
-        print(f"\n  {name}: {report['seconds']:.2f} s in all, waiting included")
+    """Compares the converted weights of every job with the unsliced ones, and the runs with each other."""
+    output, *jobs = Path(sys.argv[1]), *sys.argv[2:]
+    unsliced = _contents(output / "first" / "checkpoint" / "rank_0" / "tiny_rank_0-1_8.ckpt")
+    expected = _losses(output / "unsliced_logs")
+    for job in jobs:
+        report = json.loads((output / job / "auto_trans_report.json").read_text())
+        print(f"\n  {job}: {report['seconds']:.2f} s, with all waiting")
         print("  converter   slices   written      seconds")
         for converter in report["converters"]:
             first, last = converter["slices"]
             written = f"{converter['bytes_written'] / 2**20:.2f} MiB"
             print(f"  rank {converter['rank']:<6} {first} - {last}    {written:<12} {converter['seconds']:.2f}")
-    names = ("unsliced", "converted", "safetensors")
-    losses = {name: _first_losses(output / f"{name}_logs") for name in names}
-    print("\n  first-step loss of each rank")
-    print("  rank   " + "".join(f"{name:<14}" for name in names))
-    for rank in range(_RANKS):
-        print(f"  {rank:<6} " + "".join(f"{losses[name][rank]:<14}" for name in names))
-    if any(losses[name] != losses["unsliced"] for name in names):
-        sys.exit("\nthe losses differ: the conversion is wrong")
+        for rank in range(_RANKS):
+            (file,) = (output / job / "transformed_checkpoint").glob(f"*/rank_{rank}/checkpoint_{rank}.*")
+            if _contents(file) != unsliced:
+                sys.exit(f"{file} does not hold the unsliced weights: the conversion is wrong")
+        print(f"  {len(unsliced)} tensors of {_RANKS} ranks have the bytes of the unsliced weights\n")
+        converted = _losses(output / f"{job}_logs")
+        print("  rank   loss of the first and the last step, converted / unsliced weights")
+        for rank, (a, b) in enumerate(zip(converted, expected)):
+            print(f"  {rank:<6} {a[0]} - {a[-1]} ({len(a)} steps) / {b[0]} - {b[-1]} ({len(b)} steps)")
+        if converted != expected:
+            sys.exit("\nthe losses differ: the conversion is wrong")
     print("\nthe converted weights train exactly like the unsliced ones")
 
 
-def _first_losses(logs: Path) -> list[str]:
+def _contents(file: Path) -> dict[str, tuple[object, ...]]:
+    """Type, shape and bytes of every tensor, as MindSpore reads them."""
+    loaded = mindspore.load_checkpoint(str(file), format=file.suffix[1:]).items()
+    return {name: (p.dtype, p.shape, p.asnumpy().tobytes()) for name, p in loaded}
+
+
+def _losses(logs: Path) -> list[list[str]]:
+    """The loss of every step, per rank."""
     losses = []
     for rank in range(_RANKS):
-        found = re.search(r"loss:\[([\d.]+)/", (logs / f"worker_{rank}.log").read_text(errors="replace"))
-        losses.append(found.group(1) if found else "none")
+        log = (logs / f"worker_{rank}.log").read_text(errors="replace")
+        losses.append(re.findall(r"step:\[ *\d+/ *\d+\], loss:\[([\d.]+)/", log))
+        if len(losses[-1]) < 2:
+            sys.exit(f"rank {rank} did not train on; see {logs}")
     return losses
 
 

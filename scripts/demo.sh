@@ -1,11 +1,15 @@
 #!/usr/bin/env bash
 # The main job on a machine with nothing but Python 3.11: a tiny LLaMA is trained by the real MindFormers Trainer, its
-# weights are sliced four ways, and a job of four ranks with auto_trans_ckpt: True converts them, loads them and trains on;
-# once as .ckpt files and once as safetensors.
+# weights are sliced four ways, and a job of four ranks with auto_trans_ckpt: True converts them, loads them and trains on.
+# Arguments: the folder of its output, and the job, ckpt or safetensors; both by default.
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
 output=${1:-demo_output}
+read -ra jobs <<<"${2:-ckpt safetensors}"
+for job in "${jobs[@]}"; do
+    [[ $job =~ ^(ckpt|safetensors)$ ]] || { echo "there is no job $job, only ckpt and safetensors" >&2; exit 2; }
+done
 echo "== installing (the first time takes a few minutes)"
 source scripts/venv.sh
 rm -rf "$output"
@@ -29,19 +33,18 @@ python demo/prepare.py data "$output/data" >/dev/null
 train first 1
 complete=$output/first/checkpoint/rank_0/tiny_rank_0-1_8.ckpt
 
-echo "== slicing its weights as a job with model_parallel: 4 would have saved them"
-python demo/prepare.py slice "$complete" "$output/mp4" 4
-python demo/prepare.py slice "$complete" "$output/mp4_safetensors" 4 safetensors
-
 echo "== four ranks load the unsliced weights with MindFormers alone, for comparison"
 AUTO_TRANS_DISABLE=1 train unsliced 4 "load_checkpoint=$complete"
 
-echo "== four ranks start with auto_trans_ckpt: True, transform_process_num: 2"
-train converted 4 auto_trans_ckpt=True transform_process_num=2 "load_checkpoint=$output/mp4/checkpoint" \
-    "src_strategy_path_or_dir=$output/mp4/strategy" compile_stand_in=4x1
+for job in "${jobs[@]}"; do
+    echo "== slicing its weights as a job with model_parallel: 4 would have saved them, as $job files"
+    python demo/prepare.py slice "$complete" "$output/mp4_$job" 4 "$job"
+    echo "== four ranks start with auto_trans_ckpt: True, load_ckpt_format: $job, transform_process_num: 2"
+    # the strategy of a data parallel job of safetensors is that there is none
+    compiled=(compile_stand_in=4x1)
+    [ "$job" = ckpt ] || compiled=()
+    train "$job" 4 auto_trans_ckpt=True "load_ckpt_format=$job" transform_process_num=2 \
+        "load_checkpoint=$output/mp4_$job/checkpoint" "src_strategy_path_or_dir=$output/mp4_$job/strategy" "${compiled[@]}"
+done
 
-echo "== the same from safetensors, as the YAMLs that MindFormers ships today have it"
-train safetensors 4 auto_trans_ckpt=True transform_process_num=2 load_ckpt_format=safetensors \
-    "load_checkpoint=$output/mp4_safetensors/checkpoint" parallel.parallel_mode=STAND_ALONE
-
-python demo/summary.py "$output"
+python demo/summary.py "$output" "${jobs[@]}"

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import builtins
+import configparser
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -59,3 +61,9 @@ def test_import_loads_neither_mindspore_nor_numpy():
 def test_strategies_are_read_beside_mindspore_in_any_order(first):
     result = run(f"import {first}; import mindspore, auto_trans.storage.strategies")
     assert result.returncode == 0, result.stderr
+
+
+def test_no_later_python_is_shut_out():
+    setup = configparser.ConfigParser()
+    setup.read(Path(__file__).parents[1] / "setup.cfg")
+    assert setup["options"]["python_requires"] == ">=3.9"

@@ -1,33 +1,31 @@
-"""What is replaced in MindFormers, for the versions whose inside is known."""
+"""What is replaced in a MindFormers that looks as expected (`auto_trans.hooks.compatibility`)."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import re
 import sys
 from types import ModuleType
 from typing import Any, Callable
 
+from auto_trans.hooks.compatibility import Verdict, judge_installed
 from auto_trans.log import logger, use_mindformers_logger
 
-__all__ = ["KNOWN_VERSIONS", "patch"]
-
-# The versions whose load path was read: the signatures are the same. The clearing function moved from tools/utils to
-# utils/file_utils in 1.8; from 1.9 the path of the weights is config.checkpoint.load_path.
-KNOWN_VERSIONS = ("1.6", "1.7", "1.8", "1.9")
+__all__ = ["patch"]
 
 _MARK = "_auto_trans_original"
-_WARNS = "mindformers.trainer.utils"  # every version has it, and imports it once
+_BEFORE_THE_LOGGER = "mindformers.tools.utils"  # MindFormers' logger imports it, and is not there yet
 
 
 def patch(module: ModuleType) -> None:
-    """Replaces what a freshly imported MindFormers module defines; leaves unknown versions as they are."""
+    """Replaces what a freshly imported MindFormers module defines; leaves one that looks otherwise as it is."""
     use_mindformers_logger()
-    version = getattr(sys.modules.get("mindformers"), "__version__", "")
-    if not _is_known(version):
-        if module.__name__ == _WARNS:
-            _warn_of_version(version)
+    verdict = judge_installed()
+    if verdict is None:
+        return
+    if module.__name__ != _BEFORE_THE_LOGGER:
+        _tell(verdict)
+    if not verdict.fits:
         return
     for name, make in _REPLACEMENTS[module.__name__].items():
         original = module.__dict__.get(name)
@@ -37,24 +35,20 @@ def patch(module: ModuleType) -> None:
             _replace(name, original, replacement)
 
 
+@functools.cache
+def _tell(verdict: Verdict) -> None:
+    """Tells what is not as it was tested, once."""
+    if not verdict.fits:
+        logger.warning("%s; %s", verdict.what, verdict.remedy)
+    elif not verdict.tested:
+        logger.info("%s", verdict.what)
+
+
 def _replace(name: str, original: Any, replacement: Any) -> None:
     """Replaces an object in the module that defines it and in those that have imported it from there."""
     for module_name, module in list(sys.modules.items()):
         if module_name.partition(".")[0] == "mindformers" and getattr(module, "__dict__", {}).get(name) is original:
             setattr(module, name, replacement)
-
-
-def _is_known(version: str) -> bool:
-    release = re.match(r"\d+\.\d+", version)
-    return bool(release) and release.group() in KNOWN_VERSIONS  # type: ignore[union-attr]
-
-
-def _warn_of_version(version: str) -> None:
-    logger.warning(
-        "auto_trans does not know MindFormers %s (it knows %s) and leaves it as it is: MindFormers' own checkpoint "
-        "conversion is used",
-        version or "of unknown version", ", ".join(KNOWN_VERSIONS),
-    )  # fmt: skip
 
 
 def _around(module: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -140,7 +140,7 @@ def test_merge_strategy_of_two_nodes(auto_trans, tmp_path):
 def test_doctor_of_the_environment(auto_trans):
     out = auto_trans("doctor").stdout
     assert "ok       the hook is active in this environment" in out
-    assert "mindformers 1.7.0" in out
+    assert "ok       MindFormers 1.7.0 with MindSpore 2.7.1: tested" in out
     out = auto_trans("doctor", env={**os.environ, "AUTO_TRANS_DISABLE": "1"}).stdout
     assert "warning  the hook is turned off by AUTO_TRANS_DISABLE" in out and "-> unset it" in out
 

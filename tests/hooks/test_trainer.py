@@ -65,6 +65,7 @@ def test_settings_of_our_own_are_read_from_the_yaml(llama, alone):
     assert run.losses == alone.losses
 
 
+@pytest.mark.pairs
 def test_four_ranks_convert_load_and_train(llama, four):
     run = llama.train("trans", *distributed(llama), "transform_process_num=2", "compile_stand_in=4x1", ranks=4)
     assert run.code == 0, run.logs[0][-3000:]
