@@ -29,10 +29,12 @@ from auto_trans.progress import Meter
 from auto_trans.report import ConversionReport
 from auto_trans.request import Request, as_path, as_ranks
 from auto_trans.storage.capacity import check_disk, check_memory
+from auto_trans.storage.checkpoint import Checkpoint
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.manifest import FileRecord
 from auto_trans.storage.readers import same_contents
-from auto_trans.storage.sources import Checkpoint, PathLike, ScannedFiles, StrategyLike, as_strategy, find_sources
+from auto_trans.storage.scanned import ScannedFiles
+from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy, find_sources
 from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 
 __all__ = ["Conversion", "check_source", "convert", "plan_conversion", "plan_conversions"]
@@ -52,6 +54,8 @@ class Conversion:
     """
 
     def __init__(self, request: Request, checkpoint: Checkpoint) -> None:
+        # a Checkpoint 2.0 tells of itself how it is sliced
+        request = replace(request, from_strategy=checkpoint.strategy(request.from_strategy))
         self.request, self.checkpoint = request, checkpoint
         self._heads = ScannedFiles(checkpoint)
         self.source = SlicedSource(request.from_strategy, self._heads)
@@ -166,7 +170,7 @@ class Conversion:
         """Logs what the plan leaves out or adds, which a user should know."""
         plan = self.plan
         missing = self.request.from_strategy.world_size - len(self.checkpoint.files)
-        if self.checkpoint.distributed and missing:
+        if self.checkpoint.distributed and not self.checkpoint.iteration and missing:
             logger.warning(
                 "%s holds %d of the %d ranks that %s describes; the others are replicas if it is the right strategy",
                 self.checkpoint.path, len(self.checkpoint.files), self.request.from_strategy.world_size,
@@ -207,6 +211,11 @@ class Conversion:
 
     def _engine(self) -> Engine:
         if self.request.engine == "mindspore":
+            if self.checkpoint.iteration:
+                raise ConfigError(
+                    f"{self.checkpoint.path} is a Checkpoint 2.0, which the mindspore engine does not know; use «engine» "
+                    f"native"
+                )
             if self.plan.dropped or self.request.edits:
                 raise ConfigError(
                     f"the mindspore engine leaves nothing out ({some(self.plan.dropped or self.plan.carried)}) and changes "
@@ -323,10 +332,11 @@ def convert(
 
     Args:
         src: A complete file, a folder of shards with their index, or a folder of ``rank_N/`` folders with a file each; of
-            several the latest step that all ranks have is taken. The files are ``.ckpt`` or ``.safetensors``.
+            several the latest step that all ranks have is taken. The files are ``.ckpt`` or ``.safetensors``. Or a
+            Checkpoint 2.0 of MindFormers: its root, or the folder of one of its iterations.
         dst: Folder that gets ``rank_N/{prefix}N.ckpt``. Files that are there already and were made for the same request
             are kept; others are not overwritten.
-        src_strategy: Strategy file, merged file or folder of the source; None if it is complete.
+        src_strategy: Strategy file, merged file or folder of the source; None if it is complete, or a Checkpoint 2.0.
         dst_strategy: The same of the target; None for one complete file, ``rank_0/{prefix}0.ckpt``.
         prefix: Beginning of the target files' names.
         ranks: The target ranks to convert; all by default.

@@ -17,8 +17,8 @@ from auto_trans.core.edits import Edit
 from auto_trans.core.rules import NOTHING, Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import CheckpointNotFoundError, ConfigError, ConfigTypeError
+from auto_trans.storage.checkpoint import Checkpoint
 from auto_trans.storage.formats import parse_format
-from auto_trans.storage.sources import Checkpoint
 
 __all__ = ["Request", "as_path", "as_ranks"]
 
@@ -96,7 +96,8 @@ class Request:
             checkpoint: The chosen source.
         """
         sources = []
-        for rank, files in checkpoint.files.items():
+        # what tells of the files decides as much as the files
+        for rank, files in (*checkpoint.files.items(), (-1, checkpoint.companions)):
             for file in files:
                 try:
                     stat = file.stat()
