@@ -27,9 +27,11 @@ from auto_trans.errors import ConfigError, PlanError
 from auto_trans.log import logger
 from auto_trans.progress import Meter
 from auto_trans.report import ConversionReport
-from auto_trans.request import Request, as_path, as_ranks
+from auto_trans.request import CHECKPOINT2, DEFAULT_PREFIX, Request, as_path, as_ranks
 from auto_trans.storage.capacity import check_disk, check_memory
 from auto_trans.storage.checkpoint import Checkpoint
+from auto_trans.storage.checkpoint2.common import common_of
+from auto_trans.storage.checkpoint2.target import Iteration
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.manifest import FileRecord
 from auto_trans.storage.readers import same_contents
@@ -63,7 +65,7 @@ class Conversion:
         self.plan: Plan = make_plan(
             self.source, request.to_strategy, request.ranks, edits=request.edits, allowed=request.allowed
         )
-        self.target = _target(request, checkpoint)
+        self.target = _target(request, checkpoint, self.plan)
         self.files = self.target.arrange(self.plan)
         self._replicas = {rank: group for group in self.plan.replicas for rank in group}
 
@@ -315,7 +317,7 @@ def convert(
     src_strategy: StrategyLike = None,
     dst_strategy: StrategyLike = None,
     *,
-    prefix: str = "checkpoint_",
+    prefix: str = DEFAULT_PREFIX,
     ranks: Optional[Iterable[int]] = None,
     engine: str = "native",
     processes: int = 1,
@@ -334,8 +336,8 @@ def convert(
         src: A complete file, a folder of shards with their index, or a folder of ``rank_N/`` folders with a file each; of
             several the latest step that all ranks have is taken. The files are ``.ckpt`` or ``.safetensors``. Or a
             Checkpoint 2.0 of MindFormers: its root, or the folder of one of its iterations.
-        dst: Folder that gets ``rank_N/{prefix}N.ckpt``. Files that are there already and were made for the same request
-            are kept; others are not overwritten.
+        dst: Folder that gets ``rank_N/{prefix}N.ckpt``, or for a Checkpoint 2.0 ``iteration_NNNNNNNN/`` and the file that
+            names it. Files that are there already and were made for the same request are kept; others are not overwritten.
         src_strategy: Strategy file, merged file or folder of the source; None if it is complete, or a Checkpoint 2.0.
         dst_strategy: The same of the target; None for one complete file, ``rank_0/{prefix}0.ckpt``.
         prefix: Beginning of the target files' names.
@@ -343,7 +345,8 @@ def convert(
         engine: ``native``, or ``mindspore`` to delegate to MindSpore's own API.
         processes: Worker processes on this machine.
         memory_limit: Memory that a process may use, in bytes or e.g. ``"512MiB"``; 64 MiB by default.
-        format: Format of the target, ``ckpt`` or ``safetensors``; that of the source by default.
+        format: Format of the target: ``ckpt`` or ``safetensors``, by default that of the source, or ``checkpoint2`` for a
+            Checkpoint 2.0 of MindFormers.
         step: The step to take from the rank folders, as ``{epoch}_{step}``; the latest by default.
         allow_extra: Patterns (``*`` and ``?``) of parameters that every rank may hold whole although no strategy lists them.
         allow_missing: Patterns of weights that the target lists and the source may lack.
@@ -367,10 +370,17 @@ def convert(
     return plan_conversion(request).carry_out(quiet=quiet)
 
 
-def _target(request: Request, checkpoint: Checkpoint) -> Target:
+def _target(request: Request, checkpoint: Checkpoint, plan: Plan) -> Target:
     digest = request.digest(checkpoint)
     if request.shard_size is not None:
         return SafetensorsSet(request.dst, digest, shard_size=request.shard_size, reuse=request.reuse)
+    if request.format == CHECKPOINT2:
+        common = common_of(plan)
+        number = next((n for n in (common.step, checkpoint.step) if n is not None), 0)
+        prefix = "" if request.prefix == DEFAULT_PREFIX else request.prefix.rstrip("-_")
+        return Iteration(
+            request.dst, digest, request.to_strategy, number, common, prefix=prefix, reuse=request.reuse
+        )  # fmt: skip
     format = FORMATS[request.format] if request.format else checkpoint.format
     world_size = request.to_strategy.world_size
     return RankFolders(request.dst, format, digest, world_size, prefix=request.prefix, reuse=request.reuse)

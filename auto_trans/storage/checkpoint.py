@@ -12,6 +12,7 @@ from auto_trans.core.strategy import Strategy
 from auto_trans.storage.checkpoint2.metadata import read_metadata
 from auto_trans.storage.formats import Format, format_of
 from auto_trans.storage.names import COMMON_NAME, ITERATION_FOLDER, METADATA_NAME
+from auto_trans.storage.steps import step_of
 
 __all__ = ["Checkpoint"]
 
@@ -61,8 +62,10 @@ class Checkpoint:
 
     @property
     def step(self) -> Optional[int]:
-        """The iteration of a Checkpoint 2.0, by the name of its folder."""
-        found = ITERATION_FOLDER.match(self.path.resolve().name) if self.iteration else None
+        """The iteration of a Checkpoint 2.0 by its folder, or the step of rank folders by their files."""
+        if not self.iteration:
+            return step_of(self.all_files[0]) if self.distributed else None
+        found = ITERATION_FOLDER.match(self.path.resolve().name)
         return int(found[1]) if found else None
 
     def strategy(self, given: Strategy) -> Strategy:

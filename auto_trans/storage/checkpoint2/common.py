@@ -134,14 +134,13 @@ def _number(path: Path, name: str, value: Any) -> Union[int, float, None]:
 
 
 def _read(tensor: TensorPlan) -> Union[int, float, None]:
-    """The number that a parameter holds; None where it is something else."""
+    """The number that a parameter holds; None where it can be none of common.json."""
     if tensor.tensor.dtype not in _NUMPY or tensor.box.volume != 1 or len(tensor.copies) != 1:
         return None
     values = np.frombuffer(_bytes(tensor.copies[0].shard), _NUMPY[tensor.tensor.dtype])
-    if values.size != 1 or not math.isfinite(values[0]):
+    if values.size != 1 or not math.isfinite(values[0]) or values[0] < 0:
         return None
-    kind = float if tensor.name == "loss_scale" else int
-    return kind(values[0])
+    return float(values[0]) if tensor.name == "loss_scale" else int(values[0])
 
 
 def _bytes(shard: Shard) -> bytes:
