@@ -134,6 +134,12 @@ def arrange_saved(tensors: Iterable[SavedTensor], origin: str) -> Saved:
     writers: dict[str, int] = {}
     tables: dict[tuple[Layout, int], list[int]] = {}
     for tensor in by_name.values():
+        for number, places in enumerate(tensor.places):
+            if not places:
+                raise MissingSliceError(
+                    f"{origin}: parameter {tensor.name}: slice {number} is in no file: the save was not finished, or "
+                    f"metadata.json is damaged; copy it again, or take another iteration («src»)"
+                )
         for place in (place for places in tensor.places for place in places):
             if writers.setdefault(place.file, place.rank) != place.rank:
                 raise CorruptCheckpointError(
@@ -184,11 +190,6 @@ def _hold_slices(held: dict[int, dict[str, str]], tensor: SavedTensor, numbers: 
                     f"by the layout that rank has slice {numbers[place.rank - first]}; copy metadata.json again"
                 )
             _hold(held, place.rank, tensor.name, place.file, origin)
-        if not places:
-            raise MissingSliceError(
-                f"{origin}: parameter {tensor.name}: slice {number} is in no file: the save was not finished, or "
-                f"metadata.json is damaged; copy it again, or take another iteration («src»)"
-            )
         if not own:
             _hold(held, first + numbers.index(number), tensor.name, places[0].file, origin)
 

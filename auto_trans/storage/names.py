@@ -30,7 +30,7 @@ INDEX_NAMES = ("model.safetensors.index.json", "param_name_map.json")
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 ITERATION_FOLDER = re.compile(r"^iteration_([0-9]{8,})$")
 ITERATION_FILE = re.compile(
-    r"^(?:(?P<prefix>.+)-)?(?P<kind>model|opt)-(?P<index>[0-9]{7,})-(?P<total>[0-9]{7,})\.safetensors$"
+    r"^(?:(?P<prefix>[^/]+)-)?(?P<kind>model|opt)-(?P<index>[0-9]{7,})-(?P<total>[0-9]{7,})\.safetensors$"
 )
 METADATA_NAME, COMMON_NAME = "metadata.json", "common.json"
 

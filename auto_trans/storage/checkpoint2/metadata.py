@@ -64,12 +64,13 @@ def parse_metadata(content: Any, origin: str) -> Saved:
             _corrupt(f"{origin}: parameter {name}", f"it is told of in another way ({type(e).__name__}: {e})")
         left -= len(tensor.places)
         tensors.append(tensor)
+    if not tensors:
+        _corrupt(origin, "it tells of no parameters")
+    saved = arrange_saved(tensors, origin)
     if left:
         known = {_key(tensor.name, number) for tensor in tensors for number in range(len(tensor.places))}
         _corrupt(origin, f"storage_data tells of {next(key for key in stored if key not in known)}, nothing else does")
-    if not tensors:
-        _corrupt(origin, "it tells of no parameters")
-    return arrange_saved(tensors, origin)
+    return saved
 
 
 def format_metadata(tensors: Iterable[SavedTensor]) -> dict[str, Any]:
