@@ -1,7 +1,7 @@
 """Has MindFormers itself read a Checkpoint 2.0: run as a program under the MindFormers that is to read.
 
-Arguments: the root, a JSON file with what ranks want, the folder that gets ``rank_N.npz``. The JSON is rank -> parameter ->
-null for the whole, or its layout: device_matrix, tensor_map, rank_list, shape.
+Arguments: the root, and a JSON file: folder, which gets ``rank_N.npz`` -> rank -> parameter -> null for the whole, or its
+layout: device_matrix, tensor_map, rank_list, shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 
-def main(root: str, wanted: str, out: str) -> None:
+def main(root: str, told: str) -> None:
     import mindspore
     import numpy as np
     from mindformers.checkpoint import reshard
@@ -22,7 +22,8 @@ def main(root: str, wanted: str, out: str) -> None:
     folder = get_checkpoint_path(root)
     common = CommonInfo.load_common(f"{folder}/common.json")
     tensors, files = get_metadata_of_checkpoint(folder)
-    for rank, parameters in json.loads(Path(wanted).read_text()).items():
+    wanted = json.loads(Path(told).read_text())
+    for out, rank, parameters in [(out, *item) for out, ranks in wanted.items() for item in ranks.items()]:
         whole, sliced = {}, {}
         for name, told in parameters.items():
             if told is None:
