@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,10 +55,11 @@ def parse_metadata(content: Any, origin: str) -> Saved:
         _corrupt(origin, "it holds no JSON object")
     described, stored = (_mapping(content.get(key), key, origin) for key in ("state_dict_metadata", "storage_data"))
     tensors = []
+    known: dict[Place, Place] = {}  # of the millions of places there is one for every file
     left = len(stored)
     for name, entry in described.items():
         try:
-            tensor = _Entry(f"{origin}: parameter {name}", entry).tensor(name, stored)
+            tensor = _Entry(f"{origin}: parameter {name}", entry, known).tensor(name, stored)
         except AutoTransError:
             raise
         except (KeyError, TypeError, ValueError) as e:
@@ -68,8 +70,8 @@ def parse_metadata(content: Any, origin: str) -> Saved:
         _corrupt(origin, "it tells of no parameters")
     saved = arrange_saved(tensors, origin)
     if left:
-        known = {_key(tensor.name, number) for tensor in tensors for number in range(len(tensor.places))}
-        _corrupt(origin, f"storage_data tells of {next(key for key in stored if key not in known)}, nothing else does")
+        keys = {_key(tensor.name, number) for tensor in tensors for number in range(len(tensor.places))}
+        _corrupt(origin, f"storage_data tells of {next(key for key in stored if key not in keys)}, nothing else does")
     return saved
 
 
@@ -77,7 +79,8 @@ def format_metadata(tensors: Iterable[SavedTensor]) -> dict[str, Any]:
     """The content of metadata.json, in the order of keys by which MindFormers reads it.
 
     Args:
-        tensors: The parameters; every one has a layout, which MindFormers before 2.1 needs.
+        tensors: The parameters, of which every rank has saved its slice; every one has a layout, which MindFormers before
+            2.1 needs.
     """
     described: dict[str, Any] = {}
     stored: dict[str, Any] = {}
@@ -89,7 +92,7 @@ def format_metadata(tensors: Iterable[SavedTensor]) -> dict[str, Any]:
         described[tensor.name] = {
             "properties": {
                 "dtype": tensor.dtype,
-                "replica_id": [numbers[:i].count(number) for i, number in enumerate(numbers)],
+                "replica_id": _replicas(numbers),
                 "allow_shape_mismatch": False,
                 "allow_to_save": True,
             },
@@ -107,9 +110,9 @@ def format_metadata(tensors: Iterable[SavedTensor]) -> dict[str, Any]:
             ],
         }
         for number in dict.fromkeys(numbers):
-            group = [place.rank for place in tensor.places[number]]
+            # rank_group is for ranks that have no file of their own; all replicas in it would be the square of their number
             stored[_key(tensor.name, number)] = [
-                {"file_name": place.file, "storage_rank": place.rank, "rank_group": group}
+                {"file_name": place.file, "storage_rank": place.rank, "rank_group": [place.rank]}
                 for place in tensor.places[number]
             ]
     return {"state_dict_metadata": described, "storage_data": stored}
@@ -118,8 +121,8 @@ def format_metadata(tensors: Iterable[SavedTensor]) -> dict[str, Any]:
 class _Entry:
     """What metadata.json tells of one parameter."""
 
-    def __init__(self, where: str, entry: Any) -> None:
-        self._where, self._entry = where, entry
+    def __init__(self, where: str, entry: Any, known: dict[Place, Place]) -> None:
+        self._where, self._entry, self._known = where, entry, known
 
     def tensor(self, name: str, stored: Mapping[str, Any]) -> SavedTensor:
         entry, properties = self._entry, self._entry["properties"]
@@ -191,11 +194,22 @@ class _Entry:
             if type(rank) is not int or not 0 <= rank < _MOST_RANKS:
                 self._corrupt(f"it lies with rank {rank!r}")
             _numbers(item["rank_group"])
-            places.append(Place(file, rank))
+            place = Place(file, rank)
+            places.append(self._known.setdefault(place, place))
         return places
 
     def _corrupt(self, what: str) -> NoReturn:
         _corrupt(self._where, what)
+
+
+def _replicas(numbers: Iterable[int]) -> list[int]:
+    """Of every rank, how many before it hold the same slice."""
+    before: Counter[int] = Counter()
+    replicas = []
+    for number in numbers:
+        replicas.append(before[number])
+        before[number] += 1
+    return replicas
 
 
 def _axes(entry: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +134,8 @@ class Iteration(Target):
         if not all(self._manifest.done(name) for name in self._names):
             return False
         if self._strategy.world_size > 1:
-            write_json(self.folder / self._iteration / METADATA_NAME, format_metadata(self._saved()))
+            with new_file(self.folder / self._iteration / METADATA_NAME) as out:
+                out.write(json.dumps(format_metadata(self._saved()), separators=(",", ":")).encode())
         write_json(self.folder / self._iteration / COMMON_NAME, self._common.as_json())
         if not self._manifest.finish(self._names):
             return False
