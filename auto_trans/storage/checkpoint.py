@@ -62,9 +62,9 @@ class Checkpoint:
 
     @property
     def step(self) -> Optional[int]:
-        """The iteration of a Checkpoint 2.0 by its folder, or the step of rank folders by their files."""
+        """The iteration of a Checkpoint 2.0, by its folder; else the step that the names of the files tell."""
         if not self.iteration:
-            return step_of(self.all_files[0]) if self.distributed else None
+            return step_of(self.all_files[0])
         found = ITERATION_FOLDER.match(self.path.resolve().name)
         return int(found[1]) if found else None
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Optional
 
 from auto_trans.core.tensor import SourceFile
 from auto_trans.errors import AutoTransError, CheckpointError, CorruptCheckpointError
@@ -82,6 +84,12 @@ class ScannedFiles:
         what = f"the files of rank {rank}" if self.checkpoint.iteration else f"the {len(files)} shards"
         return f"{what} in {files[0].parent}"
 
+    @cached_property
+    def _common(self) -> Optional[FileHead]:
+        """The numbers of the common.json of a Checkpoint 2.0."""
+        path = self.checkpoint.path / COMMON_NAME
+        return common_head(path, read_common(path))
+
     def _scan(self, file: Path) -> FileHead:
         if file not in self._scanned:
             self._scanned[file] = scan(file)
@@ -102,11 +110,9 @@ class ScannedFiles:
                 found[name] = head.path
             own.append(replace(head, tensors=tensors))
         self._check_saved(rank, own)
-        common = self.checkpoint.path / COMMON_NAME
-        numbers = common_head(common, read_common(common))
-        if numbers is not None:
-            missing = {name: tensor for name, tensor in numbers.tensors.items() if name not in found}
-            own.append(replace(numbers, tensors=missing))
+        if self._common is not None:
+            missing = {name: tensor for name, tensor in self._common.tensors.items() if name not in found}
+            own.append(replace(self._common, tensors=missing))
         return [head for head in own if head.tensors]
 
     def _is_of(self, rank: int, name: str, file: Path) -> bool:

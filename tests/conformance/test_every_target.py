@@ -22,7 +22,7 @@ from auto_trans.process import Process
 from auto_trans.storage.checkpoint2.common import Common
 from auto_trans.storage.checkpoint2.target import Iteration
 from auto_trans.storage.formats import FORMATS, scan
-from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, read_manifest
+from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, Manifest, read_manifest
 from auto_trans.storage.names import INDEX_NAMES, TRACKER_NAME
 from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 from auto_trans.storage.temporary import temporary_name
@@ -469,6 +469,11 @@ class TestIteration(TargetTests):
                 assert not finished
             at += 1
         assert at > 20
+
+    def test_tracker_file_is_not_written_where_a_file_has_changed_meanwhile(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Manifest, "finish", lambda self, files: False)
+        assert not self.convert(tmp_path)
+        assert not (tmp_path / TRACKER_NAME).exists()
 
     def test_files_are_those_of_model_and_optimizer(self, tmp_path):
         _, files = self.opened(tmp_path)

@@ -21,6 +21,7 @@ from auto_trans.core.strategy import Strategy, is_optimizer_state
 from auto_trans.errors import LayoutError
 from auto_trans.merge_safetensors import merge_safetensors
 from auto_trans.storage.sources import find_checkpoints
+from auto_trans.verify import verify_against
 
 TESTS = Path(__file__).parents[1]
 # put there by scripts/test.sh; the first whose reader and writer are those of today
@@ -175,6 +176,7 @@ class TestThereAndBack:
             ({"global_step": np.array([-1], np.int32)}, "net_rank_0-1_3.ckpt", 3),
             ({}, "net_rank_0-1_3.ckpt", 3),
             ({}, "net.ckpt", 0),
+            ({"global_step": np.float32(12)}, "net.ckpt", 12),
         ],
     )
     def test_iteration_is_that_of_the_step(self, tmp_path, tensors, name, iteration, caplog):
@@ -190,6 +192,18 @@ class TestThereAndBack:
         assert (tmp_path / "new" / "latest_checkpointed_iteration.txt").read_text() == str(iteration)
         assert sorted(file.name for file in folder.iterdir()) == ["common.json", "model-0000000-0000001.safetensors"]
         assert "the source does not tell epoch_num" in caplog.text
+
+    def test_optimizer_state_has_a_step(self, tmp_path):
+        """Without, MindFormers loads no optimizer; it is none of the parameters that are compared with the source."""
+        weights = {"w": np.arange(4, dtype=np.float32), "adam_m.w": np.arange(4, dtype=np.float32)}
+        oracle.write_raw(
+            tmp_path / "src" / "rank_0" / "net_rank_0-1_3.ckpt", {n: oracle.raw(a) for n, a in weights.items()}
+        )
+        sliced = strategy({name: Layout((2,), ((0,),)) for name in weights})
+        convert(tmp_path / "src" / "rank_0", tmp_path / "new", None, sliced, format="checkpoint2")
+        assert json.loads(next((tmp_path / "new").glob("*/common.json")).read_text())["global_step"] == 3
+        (original,) = find_checkpoints(tmp_path / "src" / "rank_0")
+        assert verify_against(tmp_path / "new", original, Strategy.complete(), sliced) == ([], 32)
 
     @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
     @given(layout=layouts(), other=layouts())

@@ -74,7 +74,8 @@ def find_iteration(path: Path, **choices: Optional[str]) -> Optional[Checkpoint]
 
 def _root_signs(path: Path) -> list[str]:
     """The tracker file, or folders of iterations."""
-    return sorted(c.name for c in path.iterdir() if c.name == TRACKER_NAME or (c.is_dir() and _is_iteration(c)))
+    children = [child for child in path.iterdir() if child.name == TRACKER_NAME or ITERATION_FOLDER.match(child.name)]
+    return sorted(child.name for child in children if child.name == TRACKER_NAME or child.is_dir())
 
 
 def _is_iteration(path: Path) -> bool:
