@@ -193,6 +193,20 @@ class TestThereAndBack:
         assert sorted(file.name for file in folder.iterdir()) == ["common.json", "model-0000000-0000001.safetensors"]
         assert "the source does not tell epoch_num" in caplog.text
 
+    def test_parameter_of_two_stages_is_told_as_that_of_the_first(self, tmp_path):
+        rows, columns = Layout((2,), ((0,),)), Layout((2,), ((), (0,)))
+        tied = strategy({"tied": {0: rows, 1: columns}, "w": {1: rows}}, stages=2)
+        full = {"tied": np.arange(16, dtype=np.float32).reshape(4, 4), "w": np.arange(4, dtype=np.float32)}
+        oracle.write_raw(tmp_path / "full.ckpt", {name: oracle.raw(array) for name, array in full.items()})
+        convert(tmp_path / "full.ckpt", tmp_path / "new", None, tied, format="checkpoint2")
+        (found,) = find_checkpoints(tmp_path / "new")
+        assert found.saved.tensors["tied"].ranks == (0, 1)
+        convert(tmp_path / "new", tmp_path / "back", None, tied, format="ckpt")
+        for rank in range(4):
+            got = read(tmp_path / "back" / f"rank_{rank}" / f"checkpoint_{rank}.ckpt")
+            layout = tied.layout("tied", rank // 2)
+            assert got["tied"] == oracle.raw(np.array(full["tied"][layout.box(rank % 2, (4, 4)).slices()]))
+
     def test_optimizer_state_has_a_step(self, tmp_path):
         """Without, MindFormers loads no optimizer; it is none of the parameters that are compared with the source."""
         weights = {"w": np.arange(4, dtype=np.float32), "adam_m.w": np.arange(4, dtype=np.float32)}
