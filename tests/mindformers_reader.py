@@ -9,38 +9,56 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 
 def main(root: str, told: str) -> None:
+    for out, ranks in json.loads(Path(told).read_text()).items():
+        for rank, parameters in ranks.items():
+            whole = all(layout is None for layout in parameters.values())
+            arrays = load(root, list(parameters)) if whole else reshard(root, int(rank), parameters)
+            np.savez(f"{out}/rank_{rank}.npz", **arrays)
+
+
+def load(root: str, names: list[str]) -> dict[str, np.ndarray]:
+    """What load_checkpoint makes of a network of one rank."""
     import mindspore
-    import numpy as np
-    from mindformers.checkpoint import reshard
-    from mindformers.checkpoint.checkpoint import CommonInfo, get_checkpoint_path
+    from mindformers.checkpoint.checkpoint import get_checkpoint_path, load_checkpoint
     from mindformers.checkpoint.metadata import get_metadata_of_checkpoint
-    from mindformers.checkpoint.sharded_tensor import build_sharded_tensor, get_sharded_tensor_from_strategy_metadata
+
+    tensors, _ = get_metadata_of_checkpoint(get_checkpoint_path(root))
+    network = mindspore.nn.Cell()
+    for name in names:
+        empty = mindspore.Tensor(np.full(tensors[name][0].global_shape, -1, np.float32))
+        network.insert_param_to_cell(name.replace(".", "|"), mindspore.Parameter(empty, name=name))
+    for parameter, name in zip(network.get_parameters(), names):
+        parameter.name = name
+    load_checkpoint(root, network)
+    return {parameter.name: parameter.asnumpy() for parameter in network.get_parameters()}
+
+
+def reshard(root: str, rank: int, layouts: dict[str, dict[str, Any]]) -> dict[str, np.ndarray]:
+    """What its loader reads and reshards for a rank of another strategy."""
+    import mindspore
+    from mindformers.checkpoint import reshard
+    from mindformers.checkpoint.checkpoint import get_checkpoint_path
+    from mindformers.checkpoint.metadata import get_metadata_of_checkpoint
+    from mindformers.checkpoint.sharded_tensor import get_sharded_tensor_from_strategy_metadata
 
     folder = get_checkpoint_path(root)
-    common = CommonInfo.load_common(f"{folder}/common.json")
-    tensors, files = get_metadata_of_checkpoint(folder)
-    wanted = json.loads(Path(told).read_text())
-    for out, rank, parameters in [(out, *item) for out, ranks in wanted.items() for item in ranks.items()]:
-        whole, sliced = {}, {}
-        for name, told in parameters.items():
-            if told is None:
-                shape = tensors[name][0].global_shape
-                whole[name] = build_sharded_tensor(name, mindspore.float32, shape, shape, [1] * len(shape))
-                continue
-            matrix = tuple(told["device_matrix"])
-            aliases = tuple(f"x{i}" for i in range(len(matrix)))
-            layout = mindspore.parallel.Layout(matrix, aliases, told["rank_list"])
-            layout = layout(*("None" if axis == -1 else aliases[-1 - axis] for axis in told["tensor_map"]))
-            sliced[name] = [layout, mindspore.float32, told["shape"]]
-        if sliced:
-            whole.update(get_sharded_tensor_from_strategy_metadata(sliced, int(rank)))
-        reshard.get_real_rank = lambda rank=rank: int(rank)
-        loaded = reshard.ReshardLoader(folder, whole, tensors, files).load()
-        np.savez(f"{out}/rank_{rank}.npz", **{name: parameter.asnumpy() for name, parameter in loaded.items()})
-    print("READ", folder, "STEP", common.global_step)
+    wanted = {}
+    for name, told in layouts.items():
+        matrix = tuple(told["device_matrix"])
+        aliases = tuple(f"x{i}" for i in range(len(matrix)))
+        layout = mindspore.parallel.Layout(matrix, aliases, told["rank_list"])
+        layout = layout(*("None" if axis == -1 else aliases[-1 - axis] for axis in told["tensor_map"]))
+        wanted[name] = [layout, mindspore.float32, told["shape"]]
+    reshard.get_real_rank = lambda: rank
+    sharded = get_sharded_tensor_from_strategy_metadata(wanted, rank)
+    loader = reshard.ReshardLoader(folder, sharded, *get_metadata_of_checkpoint(folder))
+    return {name: parameter.asnumpy() for name, parameter in loader.load().items()}
 
 
 if __name__ == "__main__":
