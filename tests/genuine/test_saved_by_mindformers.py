@@ -31,6 +31,7 @@ READ = [
     ("mf_llama", "dp2mp2_opt", "dp1mp2"),
     ("mf_llama", "dp2mp2pp2", "dp2mp2"),
     ("mf_llama", "dp2mp1", "dp2mp2pp2"),
+    ("mf_llama", "dp1mp1", "dp1mp2"),
     ("toy", "dp2mp4_lay", "dp1mp1"),
     ("toy_moe", "dp2mp2ep2", "dp1mp1"),
 ]

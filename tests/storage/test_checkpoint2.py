@@ -125,6 +125,17 @@ class TestWhichIteration:
         with pytest.raises(CheckpointNotFoundError, match="holds no files of an iteration"):
             find_checkpoints(root)
 
+    def test_metadata_alone_is_told(self, folder):
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        with pytest.raises(CheckpointNotFoundError, match=r"says that tiny-.* is not found; copy the missing files"):
+            find_checkpoints(folder)
+
+    def test_other_files_in_a_folder_of_that_name_are_what_they_are(self, tmp_path):
+        oracle.write_raw(tmp_path / "iteration_00000007" / "x.ckpt", {"w": oracle.raw(FULL["w"])})
+        assert not found_at(tmp_path / "iteration_00000007").iteration
+        assert not is_checkpoint2(tmp_path / "iteration_00000007")
+
     @pytest.mark.parametrize("name", [MODEL_0, "tiny-opt-0000003-0000004.safetensors"])
     def test_a_file_is_no_checkpoint(self, folder, name):
         with pytest.raises(
@@ -215,6 +226,19 @@ class TestMetadata:
         change(folder, lambda content: content["state_dict_metadata"]["norm"].update(layout=None))
         conversion = planned(tmp_path)
         assert conversion.source.tensor("norm").shape == (4,)
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            lambda m: _layout(m).update(interleaved_parallel=1),
+            lambda m: _layout(m).update(tensor_map=[[0], [-1]], alias_name=["x", "y"]),
+            lambda m: _entry(m)["properties"].update(dtype="bfloat16", allow_shape_mismatch=True, replica_id=0),
+            lambda m: _entry(m)["chunk"].append({"global_offset": [3], "local_shape": [4, 16]}),
+        ],
+    )
+    def test_what_says_the_same_in_another_way_is_the_same(self, folder, edit):
+        before = read_metadata(folder / "metadata.json")
+        assert read_metadata(change(folder, edit)) == before
 
     BAD: ClassVar = {
         "no object": (lambda m: m.clear(), "it has no state_dict_metadata"),

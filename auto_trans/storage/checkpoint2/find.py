@@ -29,7 +29,7 @@ def is_checkpoint2(path: Path) -> bool:
     try:
         if not path.is_dir():
             return bool(ITERATION_FILE.match(path.name)) and path.is_file()
-        return bool(_root_signs(path) or _iteration_files(path) or _is_iteration(path))
+        return bool(_root_signs(path)) or _is_iteration(path)
     except (OSError, RuntimeError):
         return False
 
@@ -60,8 +60,8 @@ def find_iteration(path: Path, **choices: Optional[str]) -> Optional[Checkpoint]
         ConfigError: A step is given.
         CorruptCheckpointError: Its files contradict each other.
     """
-    root = bool(_root_signs(path)) and not _iteration_files(path)
-    if not root and not _iteration_files(path) and not _is_iteration(path):
+    iteration = _is_iteration(path)
+    if not iteration and not _root_signs(path):
         return None
     for name, choice in choices.items():
         if choice is not None:
@@ -69,7 +69,7 @@ def find_iteration(path: Path, **choices: Optional[str]) -> Optional[Checkpoint]
                 f"{path} is a Checkpoint 2.0 of MindFormers, which has iterations; give the folder of one («src») and leave "
                 f"«{name}» out"
             )
-    return _open(_latest(path) if root else path)
+    return _open(path if iteration else _latest(path))
 
 
 def _root_signs(path: Path) -> list[str]:
@@ -79,7 +79,9 @@ def _root_signs(path: Path) -> list[str]:
 
 
 def _is_iteration(path: Path) -> bool:
-    return bool(ITERATION_FOLDER.match(path.resolve().name))
+    """Whether a folder holds files of an iteration, or has its name and metadata.json alone."""
+    named = ITERATION_FOLDER.match(path.resolve().name) and (path / METADATA_NAME).is_file()
+    return bool(named or _iteration_files(path))
 
 
 def _iteration_files(path: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from auto_trans.storage.names import ITERATION_FILE
 
 __all__ = ["format_metadata", "parse_metadata", "read_metadata"]
 
+_TYPES = {name.lower(): name for name in ITEM_BYTES}  # MindFormers, too, takes them as the same
 _MOST = 2**63 - 1
 _MOST_RANKS = 2**24
 
@@ -126,9 +127,11 @@ class _Entry:
 
     def tensor(self, name: str, stored: Mapping[str, Any]) -> SavedTensor:
         entry, properties = self._entry, self._entry["properties"]
-        dtype = properties["dtype"]
-        if dtype not in ITEM_BYTES:
-            raise UnsupportedCheckpointError(f"{self._where} is of type {dtype}, which cannot be converted")
+        dtype = _TYPES.get(str(properties["dtype"]).lower(), "")
+        if not dtype:
+            raise UnsupportedCheckpointError(
+                f"{self._where} is of type {properties['dtype']}, which cannot be converted"
+            )
         for key in ("allow_shape_mismatch", "allow_to_save"):
             if type(properties[key]) is not bool:
                 self._corrupt(f"{key} is {properties[key]!r}")
