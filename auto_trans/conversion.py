@@ -27,12 +27,16 @@ from auto_trans.errors import ConfigError, PlanError
 from auto_trans.log import logger
 from auto_trans.progress import Meter
 from auto_trans.report import ConversionReport
-from auto_trans.request import Request, as_path, as_ranks
+from auto_trans.request import CHECKPOINT2, DEFAULT_PREFIX, Request, as_path, as_ranks
 from auto_trans.storage.capacity import check_disk, check_memory
+from auto_trans.storage.checkpoint import Checkpoint
+from auto_trans.storage.checkpoint2.common import common_of
+from auto_trans.storage.checkpoint2.target import Iteration
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.manifest import FileRecord
 from auto_trans.storage.readers import same_contents
-from auto_trans.storage.sources import Checkpoint, PathLike, ScannedFiles, StrategyLike, as_strategy, find_sources
+from auto_trans.storage.scanned import ScannedFiles
+from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy, find_sources
 from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 
 __all__ = ["Conversion", "check_source", "convert", "plan_conversion", "plan_conversions"]
@@ -53,6 +57,8 @@ class Conversion:
     """
 
     def __init__(self, request: Request, checkpoint: Checkpoint, share: tuple[int, int] = (0, 1)) -> None:
+        # a Checkpoint 2.0 tells of itself how it is sliced
+        request = replace(request, from_strategy=checkpoint.strategy(request.from_strategy))
         self.request, self.checkpoint = request, checkpoint
         self._heads = ScannedFiles(checkpoint)
         self.source = SlicedSource(request.from_strategy, self._heads)
@@ -60,7 +66,7 @@ class Conversion:
         self.plan: Plan = make_plan(
             self.source, request.to_strategy, request.ranks, edits=request.edits, allowed=request.allowed
         )
-        self.target = _target(request, checkpoint)
+        self.target = _target(request, checkpoint, self.plan)
         self.files = self.target.arrange(self.plan)[share[0] :: share[1]]
         self._replicas = {rank: group for group in self.plan.replicas for rank in group}
 
@@ -167,7 +173,7 @@ class Conversion:
         """Logs what the plan leaves out or adds, which a user should know."""
         plan = self.plan
         missing = self.request.from_strategy.world_size - len(self.checkpoint.files)
-        if self.checkpoint.distributed and missing:
+        if self.checkpoint.distributed and not self.checkpoint.iteration and missing:
             logger.warning(
                 "%s holds %d of the %d ranks that %s describes; the others are replicas if it is the right strategy",
                 self.checkpoint.path, len(self.checkpoint.files), self.request.from_strategy.world_size,
@@ -208,6 +214,11 @@ class Conversion:
 
     def _engine(self) -> Engine:
         if self.request.engine == "mindspore":
+            if self.checkpoint.iteration:
+                raise ConfigError(
+                    f"{self.checkpoint.path} is a Checkpoint 2.0, which the mindspore engine does not know; use «engine» "
+                    f"native"
+                )
             if self.plan.dropped or self.request.edits:
                 raise ConfigError(
                     f"the mindspore engine leaves nothing out ({some(self.plan.dropped or self.plan.carried)}) and changes "
@@ -307,7 +318,7 @@ def convert(
     src_strategy: StrategyLike = None,
     dst_strategy: StrategyLike = None,
     *,
-    prefix: str = "checkpoint_",
+    prefix: str = DEFAULT_PREFIX,
     ranks: Optional[Iterable[int]] = None,
     engine: str = "native",
     processes: int = 1,
@@ -324,17 +335,19 @@ def convert(
 
     Args:
         src: A complete file, a folder of shards with their index, or a folder of ``rank_N/`` folders with a file each; of
-            several the latest step that all ranks have is taken. The files are ``.ckpt`` or ``.safetensors``.
-        dst: Folder that gets ``rank_N/{prefix}N.ckpt``. Files that are there already and were made for the same request
-            are kept; others are not overwritten.
-        src_strategy: Strategy file, merged file or folder of the source; None if it is complete.
+            several the latest step that all ranks have is taken. The files are ``.ckpt`` or ``.safetensors``. Or a
+            Checkpoint 2.0 of MindFormers: its root, or the folder of one of its iterations.
+        dst: Folder that gets ``rank_N/{prefix}N.ckpt``, or for a Checkpoint 2.0 ``iteration_NNNNNNNN/`` and the file that
+            names it. Files that are there already and were made for the same request are kept; others are not overwritten.
+        src_strategy: Strategy file, merged file or folder of the source; None if it is complete, or a Checkpoint 2.0.
         dst_strategy: The same of the target; None for one complete file, ``rank_0/{prefix}0.ckpt``.
         prefix: Beginning of the target files' names.
         ranks: The target ranks to convert; all by default.
         engine: ``native``, or ``mindspore`` to delegate to MindSpore's own API.
         processes: Worker processes on this machine.
         memory_limit: Memory that a process may use, in bytes or e.g. ``"512MiB"``; 64 MiB by default.
-        format: Format of the target, ``ckpt`` or ``safetensors``; that of the source by default.
+        format: Format of the target: ``ckpt`` or ``safetensors``, by default that of the source, or ``checkpoint2`` for a
+            Checkpoint 2.0 of MindFormers.
         step: The step to take from the rank folders, as ``{epoch}_{step}``; the latest by default.
         allow_extra: Patterns (``*`` and ``?``) of parameters that every rank may hold whole although no strategy lists them.
         allow_missing: Patterns of weights that the target lists and the source may lack.
@@ -358,10 +371,17 @@ def convert(
     return plan_conversion(request).carry_out(quiet=quiet)
 
 
-def _target(request: Request, checkpoint: Checkpoint) -> Target:
+def _target(request: Request, checkpoint: Checkpoint, plan: Plan) -> Target:
     digest = request.digest(checkpoint)
     if request.shard_size is not None:
         return SafetensorsSet(request.dst, digest, shard_size=request.shard_size, reuse=request.reuse)
+    if request.format == CHECKPOINT2:
+        common = common_of(plan)
+        number = next((n for n in (common.step, checkpoint.step) if n is not None), 0)
+        prefix = "" if request.prefix == DEFAULT_PREFIX else request.prefix.rstrip("-_")
+        return Iteration(
+            request.dst, digest, request.to_strategy, number, common, prefix=prefix, reuse=request.reuse
+        )  # fmt: skip
     format = FORMATS[request.format] if request.format else checkpoint.format
     world_size = request.to_strategy.world_size
     return RankFolders(request.dst, format, digest, world_size, prefix=request.prefix, reuse=request.reuse)

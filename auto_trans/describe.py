@@ -21,10 +21,13 @@ from auto_trans.core.work import process_nums, read_bytes, share_out
 from auto_trans.errors import AutoTransError, CorruptCheckpointError, LayoutError, PlanError
 from auto_trans.log import logger
 from auto_trans.storage.capacity import available_memory, free_disk
+from auto_trans.storage.checkpoint import Checkpoint
+from auto_trans.storage.checkpoint2.find import is_checkpoint2
 from auto_trans.storage.formats import scan
 from auto_trans.storage.formats.ckpt import compute_crc
 from auto_trans.storage.formats.head import FileHead
-from auto_trans.storage.sources import Checkpoint, ScannedFiles, find_checkpoints
+from auto_trans.storage.scanned import ScannedFiles
+from auto_trans.storage.sources import find_checkpoints
 from auto_trans.storage.strategies import read_strategy
 
 __all__ = [
@@ -48,7 +51,7 @@ def read_path(path: Path) -> Strategy | list[Checkpoint]:
         AutoTransError: It is neither.
     """
     if path.is_dir():
-        if any(child.name.startswith("rank_") and child.is_dir() for child in path.iterdir()):
+        if is_checkpoint2(path) or any(child.name.startswith("rank_") and child.is_dir() for child in path.iterdir()):
             return find_checkpoints(path)
         try:
             return read_strategy(path)
@@ -222,6 +225,7 @@ def describe_checkpoint(checkpoint: Checkpoint, pattern: str = "*", *, check_crc
     return {
         "checkpoint": str(checkpoint.path),
         "format": checkpoint.format.name,
+        "kind": _kind(checkpoint),
         "files": [
             {
                 "rank": rank,
@@ -231,9 +235,26 @@ def describe_checkpoint(checkpoint: Checkpoint, pattern: str = "*", *, check_crc
                 "crc": _crc_state(head, check=check_crc),
             }
             for rank, head in heads
+            if head.contents is None
         ],
         "parameters": list(parameters.values()),
     }
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    """What a checkpoint is, in words."""
+    if checkpoint.iteration:
+        sliced = "complete"
+        if checkpoint.saved is not None:
+            strategy, tensors = checkpoint.saved.strategy, checkpoint.saved.tensors.values()
+            count = sum(tensor.slice_shape != tensor.shape for tensor in tensors)
+            stages = f" in {strategy.stages} stages" if strategy.stages > 1 else ""
+            sliced = f"{strategy.world_size} ranks{stages}, {count} of {len(tensors)} parameters sliced"
+        step = "" if checkpoint.step is None else f", iteration {checkpoint.step}"
+        return f"Checkpoint 2.0 of MindFormers{step}, {sliced}"
+    if checkpoint.distributed:
+        return f"rank folders of {len(checkpoint.files)} ranks"
+    return "complete, in shards with an index" if checkpoint.is_sharded else "one file"
 
 
 def _crc_state(head: FileHead, *, check: bool) -> str:
@@ -277,12 +298,12 @@ def slice_shapes(strategy: Strategy, weights: Optional[Checkpoint]) -> dict[str,
     if weights is None:
         return {}
     if weights.distributed:
-        if len(weights.files) < strategy.world_size:
+        if len(weights.files) < strategy.world_size and not weights.iteration:
             logger.warning(
                 "%s holds only %d of the %d ranks that %s describes",
                 weights.path, len(weights.files), strategy.world_size, strategy.origin,
             )  # fmt: skip
-        source = SlicedSource(strategy, ScannedFiles(weights))
+        source = SlicedSource(weights.strategy(strategy), ScannedFiles(weights))
         check_shapes(source)
     else:
         source = SlicedSource(Strategy.complete(), ScannedFiles(weights))

@@ -211,11 +211,14 @@ def _job(settings: Mapping[str, Any], load: Load, world_size: Optional[int]) -> 
             [output / "strategy", output / "transformed_checkpoint", output / "unified_checkpoint"],
             [p for p in (config.load_checkpoint, config.src_strategy) if p],
         )
-        source = load.source_strategy()
-        found = load.find(source)
-        yield Check("ok", f"source strategy: {plural(source.world_size, 'rank')} in {plural(source.stages, 'stage')}")
+        given = load.source_strategy()
+        found = load.find(given)
         allowed = Allowed(config.allow_extra, config.allow_missing)
         for one in found:
+            source = one.strategy(given)
+            yield Check(
+                "ok", f"source strategy: {plural(source.world_size, 'rank')} in {plural(source.stages, 'stage')}"
+            )
             size += sum(file.stat().st_size for file in one.all_files)
             heads = ScannedFiles(one)
             plan = check_source(source, heads, allowed)

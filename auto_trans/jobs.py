@@ -10,6 +10,7 @@ from typing import Any, Optional
 from auto_trans.config import AutoTransConfig, parse_boolean
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError
+from auto_trans.storage.checkpoint2.find import is_checkpoint2
 from auto_trans.storage.names import HYPER_PARAMETERS, RANK_FOLDER
 from auto_trans.storage.sources import Checkpoint, as_strategy, find_sources
 
@@ -144,6 +145,11 @@ def _safetensors(load: Load, use_parallel: bool) -> Load:
     if path.is_file() and RANK_FOLDER.match(path.parent.name):
         config = replace(config, load_checkpoint=str(path.parent.parent), resume_file=path.name)
         path = path.parent.parent
+    if is_checkpoint2(path):
+        raise ConfigError(
+            f"load_checkpoint {path} is a Checkpoint 2.0; MindFormers 1.9 and later loads it with checkpoint: {{load_path: "
+            f"...}}; for this job convert it to rank folders: auto-trans convert {path} ... --dst-strategy ..."
+        )
     if not path.is_dir() or not any(RANK_FOLDER.match(child.name) for child in path.iterdir()):
         if path.is_file() and use_parallel:
             raise ConfigError(

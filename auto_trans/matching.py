@@ -33,9 +33,9 @@ def open_source(checkpoint: Checkpoint, request: Request) -> Opened:
     Raises:
         AutoTransError: They do not.
     """
-    heads = ScannedFiles(checkpoint)
-    check_heads(request.from_strategy, heads)
-    source = SlicedSource(request.from_strategy, heads)
+    heads, strategy = ScannedFiles(checkpoint), checkpoint.strategy(request.from_strategy)
+    check_heads(strategy, heads)
+    source = SlicedSource(strategy, heads)
     check_names(source, heads)
     check_shapes(source, request.allowed)
     sorting = sort_parameters(source, request.to_strategy, apply_edits((), source.names), request.allowed)
@@ -49,7 +49,7 @@ def open_source(checkpoint: Checkpoint, request: Request) -> Opened:
 def matches(opened: Opened, request: Request) -> bool:
     """Whether every rank can load a source file as it is."""
     checkpoint, heads, source = opened
-    if checkpoint.format.name != request.format or checkpoint.is_sharded:
+    if checkpoint.format.name != request.format or checkpoint.is_sharded or checkpoint.iteration:
         return False
     if not same_slices(request.from_strategy, request.to_strategy):
         return False

@@ -22,6 +22,7 @@ from auto_trans.core.strategy import Strategy
 from auto_trans.errors import ConfigError
 from auto_trans.log import logger
 from auto_trans.request import Request, as_path
+from auto_trans.storage.checkpoint2.find import is_checkpoint2
 from auto_trans.storage.formats import scan
 from auto_trans.storage.names import HYPER_PARAMETERS
 from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy
@@ -70,7 +71,7 @@ def parse_shard_size(text: Union[str, int]) -> int:
 def merge_safetensors(
     src: PathLike,
     dst: PathLike,
-    src_strategy: StrategyLike,
+    src_strategy: StrategyLike = None,
     *,
     file_suffix: Optional[str] = None,
     redundancy_removed: Optional[bool] = None,
@@ -87,9 +88,10 @@ def merge_safetensors(
 
     Args:
         src: A folder of ``rank_N/`` folders. A slice may lie with only one of the ranks that share it, as after MindSpore's
-            ``remove_redundancy``; it is found wherever it is.
+            ``remove_redundancy``; it is found wherever it is. Or a Checkpoint 2.0 of MindFormers: its root, or the folder of
+            one of its iterations.
         dst: Folder that gets the set. A merge that was interrupted goes on; anything else in the folder is refused.
-        src_strategy: Strategy that the weights were saved under.
+        src_strategy: Strategy that the weights were saved under; None for a Checkpoint 2.0, which tells of it.
         file_suffix: Of several files in a rank folder the one whose name ends so, e.g. ``1_1``; the latest step by default.
         redundancy_removed: Whether redundancy was removed from the files. What their metadata say wins, with a warning.
         max_shard_size: Largest size of a file; a single larger parameter gets a file of its own.
@@ -107,7 +109,7 @@ def merge_safetensors(
         PlanError: Copies of a slice differ.
     """
     source = as_strategy(src_strategy)
-    if source.is_complete:
+    if source.is_complete and not is_checkpoint2(as_path("«src»", src)):
         raise ConfigError("a merge needs the strategy that the weights were saved under («src_strategy»)")
     request = Request(
         as_path("«src»", src),
@@ -124,7 +126,8 @@ def merge_safetensors(
         check_replicas=check_replicas,
     )
     conversion = plan_conversion(request)
-    _compare_with_metadata((Path(file.path) for file in conversion.plan.source_files), redundancy_removed)
+    files = (Path(file.path) for file in conversion.plan.source_files if file.contents is None)
+    _compare_with_metadata(files, redundancy_removed)
     _tell_unused(filter_out_param_prefix, conversion.source.names)
     target, todo = conversion.target, conversion.todo()
     assert isinstance(target, SafetensorsSet)

@@ -17,10 +17,14 @@ from auto_trans.core.edits import Edit
 from auto_trans.core.rules import NOTHING, Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import CheckpointNotFoundError, ConfigError, ConfigTypeError
-from auto_trans.storage.formats import parse_format
-from auto_trans.storage.sources import Checkpoint
+from auto_trans.storage.checkpoint import Checkpoint
+from auto_trans.storage.formats import FORMATS
 
-__all__ = ["Request", "as_path", "as_ranks"]
+__all__ = ["CHECKPOINT2", "DEFAULT_PREFIX", "TARGET_FORMATS", "Request", "as_path", "as_ranks"]
+
+CHECKPOINT2 = "checkpoint2"
+TARGET_FORMATS = (*FORMATS, CHECKPOINT2)
+DEFAULT_PREFIX = "checkpoint_"
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,9 @@ class Request:
         ranks: The target ranks to convert; None for all.
         edits: Changes on the way, in order.
         allowed: What is allowed although it looks wrong.
-        prefix: Beginning of the target files' names.
-        format: ``ckpt`` or ``safetensors``; None for that of the source.
+        prefix: Beginning of the target files' names; those of a Checkpoint 2.0 have none by default.
+        format: ``ckpt`` or ``safetensors`` for rank folders of such files, ``checkpoint2`` for a Checkpoint 2.0 of
+            MindFormers; None for that of the source.
         shard_size: Write a complete set of safetensors files with indices, of at most so many bytes each; None for rank
             folders.
         step: The step to take from the rank folders, as ``{epoch}_{step}``.
@@ -58,7 +63,7 @@ class Request:
     ranks: Optional[tuple[int, ...]] = None
     edits: tuple[Edit, ...] = ()
     allowed: Allowed = NOTHING
-    prefix: str = "checkpoint_"
+    prefix: str = DEFAULT_PREFIX
     format: Optional[str] = None
     shard_size: Optional[int] = None
     step: Optional[str] = None
@@ -83,11 +88,19 @@ class Request:
             raise ConfigError(f"{self.dst} is nowhere: {e}; set another output directory («dst»)") from e
         if not isinstance(self.prefix, str) or not re.fullmatch(r"[^./\0][^/\0]*", self.prefix):
             raise ConfigError(f"«prefix» must be the beginning of a file name that is not hidden, not {self.prefix!r}")
-        if self.format is not None:
-            parse_format(self.format)
+        if self.format not in (None, *TARGET_FORMATS):
+            raise ConfigError(f"format must be one of {', '.join(TARGET_FORMATS)}, not {self.format!r}")
+        if self.format == CHECKPOINT2:
+            self._check_checkpoint2()
         parse_engine(self.engine)
         if self.processes < 1:
             raise ConfigError(f"«processes» must be at least 1, not {self.processes}")
+
+    def _check_checkpoint2(self) -> None:
+        if self.ranks is not None:
+            raise ConfigError("a Checkpoint 2.0 is one for all ranks («format»); leave «ranks» out")
+        if self.engine != "native":
+            raise ConfigError(f"the {self.engine} engine cannot write a Checkpoint 2.0 («format»); use «engine» native")
 
     def digest(self, checkpoint: Checkpoint) -> str:
         """Digest of all that decides what the target files hold, the state of the source files included.
@@ -96,7 +109,8 @@ class Request:
             checkpoint: The chosen source.
         """
         sources = []
-        for rank, files in checkpoint.files.items():
+        # what tells of the files decides as much as the files
+        for rank, files in (*checkpoint.files.items(), (-1, checkpoint.companions)):
             for file in files:
                 try:
                     stat = file.stat()

@@ -24,7 +24,7 @@ from auto_trans.core.strategy import Strategy, describe_difference
 from auto_trans.core.work import assign_writers
 from auto_trans.errors import CoordinationError, OutputError
 from auto_trans.log import logger
-from auto_trans.matching import link_source, matches, open_source, target_file
+from auto_trans.matching import Opened, link_source, matches, open_source, target_file
 from auto_trans.report import ConversionReport
 from auto_trans.request import Request
 from auto_trans.sizes import format_bytes
@@ -122,7 +122,9 @@ class _Converter:
         session.post("prepared", {"matches": fitting, **_choice(request, checkpoints)})
         reports: list[dict[str, Any]] = []
         if not fitting:
-            logger.info("%s: converting with rank %s", self._reason(request), ", ".join(map(str, shared.converters)))
+            logger.info(
+                "%s: converting with rank %s", self._reason(request, sources), ", ".join(map(str, shared.converters))
+            )
             self._convert(request, checkpoints)
             with self._heartbeat.idle():
                 posts = session.await_posts(_converted(shared), "convert")
@@ -159,10 +161,10 @@ class _Converter:
         with self._heartbeat.idle():
             _await_complete(self._session, self._shared)
 
-    def _reason(self, request: Request) -> str:
+    def _reason(self, request: Request, sources: Sequence[Opened]) -> str:
         if self._shared.merges:
             return f"the weights in {request.src} are to be merged in {request.dst}"
-        difference = describe_difference(request.from_strategy, request.to_strategy)
+        difference = describe_difference(sources[0].source.strategy, request.to_strategy)
         return f"the weights in {request.src} do not match the strategy of this job ({difference})"
 
     def _convert(self, request: Request, checkpoints: Sequence[Checkpoint]) -> None:
@@ -184,10 +186,13 @@ class _Converter:
             },
         )
 
+    def _neighbours(self) -> int:
+        """How many converters share the memory of this machine."""
+        return self._session.neighbours(self._shared.converters)
+
     def _merge(self, conversion: Conversion) -> ConversionReport:
         """Writes its share of the files of a complete set."""
-        neighbours = self._session.neighbours(self._shared.converters)
-        conversion.check(neighbours, 1 / len(self._shared.assignments), heads=False)
+        conversion.check(self._neighbours(), 1 / len(self._shared.assignments), heads=False)
         conversion.log_plan()
         return run_conversion(conversion, listener=self._heartbeat.progress)
 
@@ -198,8 +203,7 @@ class _Converter:
         writers = self._writers(conversion) if native else {}
         own = [file for file in conversion.files if writers.get(file.ranks[0], rank) == rank]
         part = len(own) / len(conversion.plan.replicas) if native and own else 1 / len(assignments)
-        neighbours = self._session.neighbours(self._shared.converters)
-        conversion.check(neighbours, part, own, heads=False)  # rank 0 has compared them
+        conversion.check(self._neighbours(), part, own, heads=False)  # rank 0 has compared them
         conversion.log_plan()
         with contextlib.nullcontext() if native else self._heartbeat.idle():
             report = run_conversion(conversion, listener=self._heartbeat.progress, files=own)

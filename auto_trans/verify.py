@@ -7,6 +7,7 @@ compares what both hold.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def verify_against(
         names = ", ".join(one.path.name for one in found[:3])
         raise ConfigError(f"{folder} holds {len(found)} complete checkpoints ({names}, ...); give one of the files")
     (made,) = found
+    source = original.strategy(source)
     plan = make_plan(SlicedSource(source, ScannedFiles(original)), target, ranks, allowed=allowed)
     expected = {rank: {tensor.name for tensor in file.tensors} for file in plan.files for rank in file.ranks}
     sources = [_Held(rank, head) for rank, heads in _heads(original) for head in heads]
@@ -157,6 +159,8 @@ def verify_against(
             continue
         differences += _missing(rank, converted[rank], expected.get(rank, set()))
         for head in converted[rank]:
+            if head.contents is not None:  # no weights, but numbers about them
+                continue
             for name, tensor in head.tensors.items():
                 layout = target.layout(name, target.stage_of(rank)) or Layout.whole(target.stage_devices)
                 slice_ = _Slice(name, tensor, head, layout, rank % target.stage_devices)
@@ -205,10 +209,14 @@ def _read(head: FileHead, tensor: StoredTensor, box: Box) -> np.ndarray:
     item = tensor.nbytes // max(math.prod(tensor.shape), 1)
     out = np.empty((*box.size, item), np.uint8)
     rows = out.reshape(-1, (box.size[-1] if box.size else 1) * item)
-    with open(head.path, "rb", buffering=0) as f:
+    with _open(head) as f:
         for row, position in zip(rows, _row_positions(tensor.shape, box)):
             _read_flat(f, tensor.segments, position * item, row)
     return out
+
+
+def _open(head: FileHead) -> BinaryIO:
+    return open(head.path, "rb", buffering=0) if head.contents is None else io.BytesIO(head.contents)
 
 
 def _compare(made: _Slice, sources: Sequence[_Held], source: Strategy, done: set[tuple[str, Box]]) -> str:

@@ -25,6 +25,9 @@ _EXAMPLES = """\
     auto-trans convert old/checkpoint out --src-strategy old/strategy
   only what this node needs, where nodes share no disk:
     auto-trans convert llama3_8b.ckpt out --dst-strategy output/strategy --ranks 0-7
+  to and from the Checkpoint 2.0 of MindFormers, which tells its strategy itself:
+    auto-trans convert old/checkpoint out --src-strategy old/strategy --dst-strategy output/strategy --format checkpoint2
+    auto-trans convert output/checkpoint out --dst-strategy new/strategy --format ckpt
   what would be done, and could it succeed:
     auto-trans convert old/checkpoint out --src-strategy old/strategy --dry-run
 """
@@ -45,10 +48,15 @@ def add_parser(subparsers: Any) -> None:
     add(
         "src",
         metavar="SRC",
-        help="a complete file, a folder of rank_N folders, of shards with their index, or of complete files",
+        help="a complete file, a folder of rank_N folders, of shards with their index, or of complete files, or a "
+        "Checkpoint 2.0: its root or an iteration",
     )
     add("dst", metavar="DST", help="the target folder; of several complete files each gets a folder of its name there")
-    add("--src-strategy", metavar="P", help="strategy file, merged file or folder of SRC (none: SRC is complete)")
+    add(
+        "--src-strategy",
+        metavar="P",
+        help="strategy file, merged file or folder of SRC (none: SRC is complete or tells)",
+    )
     add("--dst-strategy", metavar="P", help="strategy file, merged file or folder of DST (none: one complete file)")
     add("--prefix", default="checkpoint_", help="beginning of the file names (default: %(default)s)")
     add("--processes", type=int, default=1, metavar="N", help="worker processes on this machine (default: 1)")
@@ -58,7 +66,11 @@ def add_parser(subparsers: Any) -> None:
         metavar="E_S",
         help="the step to take, as in ...-{epoch}_{step}.ckpt (default: the latest of all ranks)",
     )
-    add("--format", choices=["ckpt", "safetensors"], help="format of the files written (default: that of SRC)")
+    add(
+        "--format",
+        choices=["ckpt", "safetensors", "checkpoint2"],
+        help="format of the files written, or a Checkpoint 2.0 of MindFormers (default: ckpt or safetensors as in SRC)",
+    )
     add("--memory", metavar="SIZE", help="memory of a process, e.g. 512MiB (default: 64MiB)")
     add("--engine", default="native", choices=["native", "mindspore"], help="who converts (default: %(default)s)")
     add_allowed(parser)

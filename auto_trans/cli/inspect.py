@@ -143,7 +143,7 @@ def _print_strategy(facts: dict[str, Any]) -> None:
 def _show_checkpoint(facts: dict[str, Any]) -> None:
     from auto_trans.sizes import format_bytes
 
-    print(f"{facts['checkpoint']} ({facts['format']})\n")
+    print(f"{facts['checkpoint']} ({facts['format']}): {facts['kind']}\n")
     rows = [
         (
             p["name"],

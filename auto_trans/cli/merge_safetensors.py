@@ -31,7 +31,11 @@ def add_parser(subparsers: Any) -> None:
     add = parser.add_argument
     add("src", metavar="SRC", help="a folder of rank_N folders")
     add("dst", metavar="DST", help="the target folder")
-    add("--src-strategy", metavar="P", required=True, help="strategy file, merged file or folder of SRC")
+    add(
+        "--src-strategy",
+        metavar="P",
+        help="strategy file, merged file or folder of SRC (none: SRC is a Checkpoint 2.0)",
+    )
     add("--file-suffix", metavar="S", help="end of the file names to take, e.g. 1_1 (default: the latest step)")
     add("--max-shard-size", metavar="SIZE", default="5GB", help="largest size of a file (default: %(default)s)")
     add(

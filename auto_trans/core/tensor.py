@@ -117,12 +117,14 @@ class SourceFile:
         size: Its bytes.
         mtime_ns: Its modification time.
         rank: The rank whose slices it holds; 0 for a complete checkpoint.
+        contents: What is read in place of its bytes: the numbers in a text.
     """
 
     path: str
     size: int
     mtime_ns: int
     rank: int = 0
+    contents: Optional[bytes] = None
 
 
 class Shard(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -97,9 +98,10 @@ def _check_source(session: Session, load: Load) -> None:
     Each rank reads the heads of its share of the files and compares them with those of the first file of every stage. Rank
     0 plans the merge to one complete checkpoint, which needs every slice of every parameter.
     """
-    strategy = load.source_strategy()
+    given = load.source_strategy()
     allowed = Allowed(load.config.allow_extra, load.config.allow_missing)
-    for checkpoint in load.find(strategy):
+    for checkpoint in load.find(given):
+        strategy = checkpoint.strategy(given)
         if not load.left:
             check_heads(strategy, ScannedFiles(_share(checkpoint, strategy, session.rank, session.world_size)))
         if session.is_leader:
@@ -113,4 +115,4 @@ def _share(checkpoint: Checkpoint, strategy: Strategy, rank: int, world_size: in
     firsts = {strategy.stage_of(r): r for r in reversed(ranks)}.values()
     mine = sorted({*firsts, *ranks[rank::world_size]})
     files = {r: checkpoint.files[r] for r in mine}
-    return Checkpoint(checkpoint.name, checkpoint.path, files, checkpoint.distributed)
+    return replace(checkpoint, files=files)

@@ -118,7 +118,8 @@ class MappedFile(LocalReader):
             # a mapped file that has become shorter would end the process with SIGBUS
             if (self.size, self.version) != (file.size, file.mtime_ns):
                 raise self._changed()
-            self._bytes = np.frombuffer(mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ), np.uint8)
+            whole = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) if file.contents is None else file.contents
+            self._bytes = np.frombuffer(whole, np.uint8)
         except (OSError, ValueError) as e:  # ValueError: there is nothing to map in an empty file
             raise CheckpointError(f"checkpoint {self.path} cannot be read: {e}") from e
         finally:
@@ -157,7 +158,13 @@ def digest_extents(path: Union[str, Path], extents: Sequence[Extent]) -> str:
 def same_contents(one: Shard, other: Shard) -> bool:
     """Whether two shards hold the same type, shape and bytes; reads both."""
     alike = (one.tensor.dtype, one.box.size) == (other.tensor.dtype, other.box.size)
-    return alike and digest_extents(one.file.path, one.extents) == digest_extents(other.file.path, other.extents)
+    return alike and _digest(one) == _digest(other)
+
+
+def _digest(shard: Shard) -> str:
+    if shard.file.contents is None:
+        return digest_extents(shard.file.path, shard.extents)
+    return xxhash.xxh3_128_hexdigest(b"".join(shard.file.contents[o : o + n] for o, n in shard.extents))
 
 
 def _state(stat: os.stat_result) -> tuple[int, int]:

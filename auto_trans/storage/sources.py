@@ -1,28 +1,21 @@
-"""Find the checkpoints at a path, and see their files as the source of a conversion."""
+"""Find the checkpoints at a path."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Optional, Union
 
 from auto_trans.core.strategy import Strategy
-from auto_trans.core.tensor import SourceFile
-from auto_trans.errors import (
-    AutoTransError,
-    CheckpointError,
-    CheckpointNotFoundError,
-    ConfigError,
-    UnsupportedCheckpointError,
-)
+from auto_trans.errors import CheckpointNotFoundError, ConfigError, UnsupportedCheckpointError
 from auto_trans.log import logger
-from auto_trans.storage.formats import FORMATS, Format, format_of, scan
-from auto_trans.storage.formats.head import FileHead, StoredTensor
+from auto_trans.storage.checkpoint import Checkpoint
+from auto_trans.storage.checkpoint2.find import check_no_iteration_file, find_iteration, is_checkpoint2
+from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.names import RANK_FOLDER
-from auto_trans.storage.sharded import check_against_index, find_shards, is_index, is_lone_shard, is_one_of_several
+from auto_trans.storage.scanned import ScannedFiles, read_errors
+from auto_trans.storage.sharded import find_shards, is_index, is_lone_shard, is_one_of_several
 from auto_trans.storage.siblings import check_not_a_slice
 from auto_trans.storage.steps import check_names, choose_latest, choose_resumed, choose_step, choose_suffix
 from auto_trans.storage.strategies import read_strategy
@@ -37,101 +30,6 @@ _SUFFIXES = tuple(format.suffix for format in FORMATS.values())
 _FOREIGN = (".bin", ".pt", ".pth")
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """The chosen files of one checkpoint.
-
-    Attributes:
-        name: Name of the checkpoint: that of its folder, or of the file without its ending.
-        path: The folder, or the file.
-        files: Rank -> its files; several only for the shards of a complete checkpoint, which is rank 0.
-        distributed: Whether it lies in ``rank_N`` folders.
-    """
-
-    name: str
-    path: Path
-    files: Mapping[int, tuple[Path, ...]]
-    distributed: bool
-
-    @property
-    def format(self) -> Format:
-        """The format of the files."""
-        return format_of(self.all_files[0])
-
-    @property
-    def all_files(self) -> list[Path]:
-        """All files, by rank."""
-        return [file for files in self.files.values() for file in files]
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether it is a complete checkpoint in shards with an index."""
-        return not self.distributed and self.path == self.all_files[0].parent
-
-    def as_json(self) -> dict[str, Any]:
-        """The checkpoint as data that other ranks can read, see `from_json`."""
-        files = {str(rank): [str(file) for file in files] for rank, files in self.files.items()}
-        return {"name": self.name, "path": str(self.path), "files": files, "distributed": self.distributed}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Checkpoint:
-        """The checkpoint that another rank has chosen."""
-        files = {int(rank): tuple(map(Path, files)) for rank, files in content["files"].items()}
-        return cls(content["name"], Path(content["path"]), files, content["distributed"])
-
-
-class ScannedFiles:
-    """The heads of the files of a checkpoint, read as they are needed; see `auto_trans.core.source.Heads`.
-
-    Args:
-        checkpoint: The files.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
-        self.ranks: Sequence[int] = tuple(checkpoint.files)
-        self._heads: dict[int, list[FileHead]] = {}
-        self._tensors: dict[int, Mapping[str, StoredTensor]] = {}
-        self._files: dict[Path, SourceFile] = {}
-        self._places: dict[str, FileHead] = {}
-
-    def heads(self, rank: int) -> list[FileHead]:
-        """The heads of a rank's files.
-
-        Raises:
-            CheckpointError: A file is damaged, or the shards do not make up one checkpoint.
-        """
-        if rank not in self._heads:
-            heads = [scan(file) for file in self.checkpoint.files[rank]]
-            if self.checkpoint.is_sharded:
-                with _read_errors(self.checkpoint.path):
-                    check_against_index(self.checkpoint.path, heads)
-                self._places = {name: head for head in heads for name in head.tensors}
-            self._heads[rank] = heads
-        return self._heads[rank]
-
-    def tensors(self, rank: int) -> Mapping[str, StoredTensor]:
-        """What a rank holds, by name, in file order."""
-        if rank not in self._tensors:
-            heads = self.heads(rank)
-            merged = {name: tensor for head in heads for name, tensor in head.tensors.items()}
-            self._tensors[rank] = heads[0].tensors if len(heads) == 1 else merged
-        return self._tensors[rank]
-
-    def file(self, rank: int, name: str) -> SourceFile:
-        """The file in which a rank holds a parameter."""
-        heads = self.heads(rank)
-        head = self._places[name] if len(heads) > 1 else heads[0]
-        if head.path not in self._files:
-            self._files[head.path] = SourceFile(str(head.path), head.size, head.mtime_ns, rank)
-        return self._files[head.path]
-
-    def describe(self, rank: int) -> str:
-        """The files of a rank, for messages."""
-        files = self.checkpoint.files[rank]
-        return str(files[0]) if len(files) == 1 else f"the {len(files)} shards in {files[0].parent}"
-
-
 def find_sources(
     src: PathLike,
     strategy: Strategy,
@@ -142,10 +40,19 @@ def find_sources(
     """Finds the source checkpoints and checks that strategy and files go together.
 
     Raises:
-        ConfigError: A strategy is given for a complete checkpoint, or none for a distributed one or a slice of it.
+        ConfigError: A strategy is given for a complete checkpoint, or for one that tells of itself how it is sliced, or none
+            for a distributed one or a slice of it.
     """
     found = find_checkpoints(Path(src), resume_file, step, suffix)
     for checkpoint in found:
+        if checkpoint.iteration:
+            if not strategy.is_complete:
+                told = "its metadata.json tells how it is sliced" if checkpoint.distributed else "it is of one rank"
+                raise ConfigError(
+                    f"source {checkpoint.path} is a Checkpoint 2.0 of MindFormers, and {told}; leave the source strategy "
+                    f"{strategy.origin} out («src_strategy»)"
+                )
+            continue
         if strategy.is_complete and len(checkpoint.files) > 1:
             raise ConfigError(
                 f"source {checkpoint.path} is distributed over {len(checkpoint.files)} rank folders, but no source strategy "
@@ -159,7 +66,7 @@ def find_sources(
         if step is not None and not checkpoint.distributed:
             raise ConfigError(f"source {checkpoint.path} is complete and has no steps; leave «step» out")
         if not checkpoint.distributed:
-            with _read_errors(checkpoint.path):
+            with read_errors(checkpoint.path):
                 check_not_a_slice(checkpoint.all_files[0])
     return found
 
@@ -170,8 +77,8 @@ def find_checkpoints(
     """Finds the checkpoints at a path.
 
     Args:
-        path: A ``.ckpt`` or ``.safetensors`` file, a folder of ``rank_N`` folders, a folder of shards with their index, or
-            a folder of complete files.
+        path: A ``.ckpt`` or ``.safetensors`` file, a folder of ``rank_N`` folders, a folder of shards with their index, the
+            root of a Checkpoint 2.0 or one of its iterations, or a folder of complete files.
         resume_file: Name of the file to take from the rank folders, e.g. where ``resume_training`` picked a step; its
             ``_rank_N`` part is that of any rank. By default the latest step that all ranks have.
         step: The step to take from the rank folders, as ``{epoch}_{step}``.
@@ -184,7 +91,7 @@ def find_checkpoints(
         CheckpointNotFoundError: There is nothing to convert.
         UnsupportedCheckpointError: The files are of neither format, or of both.
     """
-    with _read_errors(path):
+    with read_errors(path):
         path = Path(path).expanduser()
         if path.is_file():
             return [_find_file(path)]
@@ -192,7 +99,14 @@ def find_checkpoints(
             raise CheckpointNotFoundError(
                 f"checkpoint {path} is not found; set it to a file or folder that exists («src»)"
             )
-        folders, files = _rank_folders(path), _checkpoint_files(path)
+        folders = _rank_folders(path)
+        if not folders:
+            iteration = find_iteration(path, step=step, file_suffix=suffix, resume_training=resume_file)
+            if iteration is not None:
+                return [iteration]
+        elif is_checkpoint2(path):
+            logger.warning("%s holds rank folders and a Checkpoint 2.0; the rank folders are used", path)
+        files = _checkpoint_files(path)
         if folders:
             if files:
                 logger.warning("%s holds rank folders and complete files; the rank folders are used", path)
@@ -217,6 +131,7 @@ def _find_file(path: Path) -> Checkpoint:
         raise UnsupportedCheckpointError(
             f"checkpoint {path} does not end with {' or '.join(_SUFFIXES)}; give such a file, or a folder («src»)"
         )
+    check_no_iteration_file([path])
     if is_one_of_several(path):
         raise UnsupportedCheckpointError(
             f"{path} is one of several shards of a checkpoint; give the folder with all of them and their index («src»)"
@@ -271,6 +186,7 @@ def _choose(
                 f"rank folder {folders[rank]} holds no checkpoint file; copy the weights of rank {rank} there, or remove "
                 f"the folder if another rank holds the same slices"
             )
+        check_no_iteration_file(files)
         shards = [file for file in files if is_lone_shard(file)]
         if shards:
             raise UnsupportedCheckpointError(
@@ -305,16 +221,3 @@ def _checkpoint_files(folder: Path) -> list[Path]:
             f"{folder} holds both .ckpt and .safetensors files ({files[0].name}, ...); keep one format there"
         )
     return files
-
-
-@contextlib.contextmanager
-def _read_errors(path: PathLike) -> Iterator[None]:
-    """Whatever the system says of a path becomes an error of the checkpoint."""
-    try:
-        yield
-    except AutoTransError:
-        raise
-    except (OSError, RuntimeError) as e:  # RuntimeError: a home folder that nobody has, a link to itself
-        raise CheckpointError(
-            f"checkpoint {path} cannot be read: {e}; set it to a folder that may be read («src»)"
-        ) from e

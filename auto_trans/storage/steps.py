@@ -15,7 +15,7 @@ from auto_trans.errors import CheckpointError, CheckpointNotFoundError, ConfigEr
 from auto_trans.log import logger
 from auto_trans.storage.names import RANK_IN_NAME
 
-__all__ = ["check_names", "choose_latest", "choose_resumed", "choose_step", "choose_suffix"]
+__all__ = ["check_names", "choose_latest", "choose_resumed", "choose_step", "choose_suffix", "step_of"]
 
 _STEP = re.compile(r"(?:_rank_\d+_(?P<task>\d+))?-(?P<epoch>\d+)_(?P<step>\d+)\.\w+$")
 
@@ -32,6 +32,12 @@ class _Step(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.epoch}_{self.step}"
+
+
+def step_of(file: Path) -> Optional[int]:
+    """The step within its epoch that the name of a file tells."""
+    found = _step_of(file)
+    return found.step if found else None
 
 
 def check_names(candidates: Candidates) -> None:

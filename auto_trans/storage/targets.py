@@ -20,7 +20,7 @@ from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, FileRecord,
 from auto_trans.storage.names import HYPER_PARAMETERS, INDEX_NAMES, RANK_FOLDER, rank_file
 from auto_trans.storage.temporary import sweep
 
-__all__ = ["RankFolders", "SafetensorsSet", "Target"]
+__all__ = ["RankFolders", "SafetensorsSet", "Target", "contents", "refuse"]
 
 
 class Target(ABC):
@@ -172,12 +172,12 @@ class RankFolders(Target):
             for rank in file.ranks:
                 record = self._manifest.done(self.name(rank))
                 ours = self.path(record.file) if record else None
-                there = _contents(self.folder / f"rank_{rank}")
-                _refuse(next((f for f in there if f.suffix[1:] in FORMATS and f != ours), None))
-        for child in _contents(self.folder):
+                there = contents(self.folder / f"rank_{rank}")
+                refuse(next((f for f in there if f.suffix[1:] in FORMATS and f != ours), None))
+        for child in contents(self.folder):
             found = RANK_FOLDER.match(child.name)
             if found and int(found[1]) >= self._world_size:
-                _refuse(next((f for f in _contents(child) if f.suffix[1:] in FORMATS), None))
+                refuse(next((f for f in contents(child) if f.suffix[1:] in FORMATS), None))
         self._refuse_rival()
 
     def finish(self) -> bool:
@@ -238,12 +238,12 @@ class SafetensorsSet(Target):
 
     def check(self, files: Iterable[FilePlan]) -> None:
         """Refuses whatever else lies in the folder, see `Target`; what other converters write is theirs to check."""
-        there = _contents(self.folder)
+        there = contents(self.folder)
         self._manifest.refresh()  # only now: others publish meanwhile
         done = {name for name in self._names if self._manifest.done(name)}
         theirs = set(self._names) - {name for file in files for name in self.names(file)}
         ours = {*done, *theirs, *((MANIFEST_NAME, *INDEX_NAMES) if done else ())}
-        _refuse(next((file for file in there if file.name not in ours and not file.name.startswith(".")), None))
+        refuse(next((file for file in there if file.name not in ours and not file.name.startswith(".")), None))
         self._refuse_rival()
 
     def finish(self) -> bool:
@@ -269,7 +269,7 @@ class SafetensorsSet(Target):
         return shards
 
 
-def _contents(folder: Path) -> list[Path]:
+def contents(folder: Path) -> list[Path]:
     """What is in a folder, by name; nothing where it is yet to be made."""
     try:
         return sorted(folder.iterdir())
@@ -284,7 +284,8 @@ def _contents(folder: Path) -> list[Path]:
         ) from e
 
 
-def _refuse(file: Optional[Path]) -> None:
+def refuse(file: Optional[Path]) -> None:
+    """Raises OutputExistsError for a file, if there is one, that was not made for this request."""
     if file is not None:
         raise OutputExistsError(
             f"{file} is there already and was not made by this conversion (of the same source in the same state, with the "

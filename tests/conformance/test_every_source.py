@@ -16,15 +16,16 @@ import numpy as np
 import oracle
 import pytest
 from builders import hold, layouts, strategy
+from checkpoint2_files import write_iteration
 from encoded import contents, write
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from auto_trans.core.layout import Layout
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import Box
-from auto_trans.errors import MissingSliceError, PlanError
+from auto_trans.errors import LayoutError, MissingSliceError, PlanError
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.formats import ckpt as ckpt_module
 from auto_trans.storage.sources import ScannedFiles, find_checkpoints
@@ -370,3 +371,44 @@ class TestShardedSafetensorsWithHyperParameters(TestShardedSafetensors):
         if "global_step" in case.full:
             self.write(folder / "hyper_param", {"global_step": case.full["global_step"]})
         return folder, Strategy.complete()
+
+
+class Checkpoint2Tests(SourceTests):
+    """What every Checkpoint 2.0 must do: its metadata.json is the strategy."""
+
+    format = "safetensors"
+
+    def save(self, folder, case):
+        try:
+            return write_iteration(folder, case.full, case.strategy, saver=self.saver), case.strategy
+        except LayoutError:  # an optimizer shard that metadata.json cannot tell
+            assume(False)
+            raise
+
+    def saver(self, name, group):
+        """The rank that saves a slice."""
+        raise NotImplementedError
+
+    def open(self, folder, case):
+        (found,) = find_checkpoints(self.save(folder, case)[0])
+        assert found.distributed == (case.strategy.world_size > 1)
+        return SlicedSource(found.strategy(Strategy.complete()), ScannedFiles(found))
+
+    def in_order(self, names):
+        """That of the model, and that of the optimizer; last the numbers that only common.json holds."""
+        common = ["epoch_num", "step_num", "loss_scale", "global_batch_size"]
+        return [*sorted(names, key=lambda name: name == "global_step"), *common]
+
+
+class TestCheckpoint2(Checkpoint2Tests):
+    saver = None
+
+
+class TestCheckpoint2WithoutRedundancy(Checkpoint2Tests):
+    def saver(self, name, group):
+        return group[sum(map(ord, name)) % len(group)]
+
+    def test_names_are_in_file_order(self, new_folder):
+        """Those of the first rank, and then what only others hold."""
+        case = self.case()
+        assert sorted(self.open(new_folder(), case).names) == sorted(self.in_order(case.full))

@@ -8,6 +8,7 @@ import os
 import pickle
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from auto_trans.core.plan import FilePlan, Plan
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import OutputExistsError
 from auto_trans.process import Process
+from auto_trans.storage.checkpoint2.common import Common
+from auto_trans.storage.checkpoint2.target import Iteration
 from auto_trans.storage.formats import FORMATS, scan
-from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, read_manifest
-from auto_trans.storage.names import INDEX_NAMES
+from auto_trans.storage.manifest import MANIFEST_NAME, RECORDS_NAME, Manifest, read_manifest
+from auto_trans.storage.names import INDEX_NAMES, TRACKER_NAME
 from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 from auto_trans.storage.temporary import temporary_name
 
@@ -120,9 +123,9 @@ class TargetTests(ABC):
         return {name: self.content(target, file) for file in files for name in target.names(file)}
 
     def snapshot(self, folder):
-        """What lies there under final names."""
+        """What lies there under final names; the tracker file of a Checkpoint 2.0, which is no JSON, apart."""
         found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-        return {name: content for name, content in found.items() if not name.endswith(".tmp")}
+        return {name: content for name, content in found.items() if not name.endswith((".tmp", TRACKER_NAME))}
 
     def weights(self, folder):
         return {n: c for n, c in self.snapshot(folder).items() if not n.endswith(".json")}
@@ -404,3 +407,75 @@ class TestSafetensorsSet(TargetTests):
 
     def welcome(self):
         return [".gitattributes", ".cache/x"]
+
+
+class TestIteration(TargetTests):
+    FULL: ClassVar = {**FULL, "adam_m.layer.1": np.arange(16.0, 32.0).reshape(4, 4)}
+    STRATEGY = strategy(
+        {**{n: stages[0] for n, stages in SLICED.layouts.items()}, "adam_m.layer.1": Layout((2, 2), ((1,),))}
+    )
+
+    def plan(self):
+        return plan_of(Strategy.complete(), self.STRATEGY, {0: self.FULL})
+
+    def target(self, folder, request="request", *, reuse=True):
+        return Iteration(folder, request, self.STRATEGY, 7, Common(1, 7, 7), prefix="tiny", reuse=reuse)
+
+    def foreign(self):
+        names = [
+            "tiny-model-0000000-0000004.safetensors",
+            "opt-0000009-0000004.safetensors",
+            "metadata.json",
+            "notes.txt",
+        ]
+        return [
+            *(f"iteration_00000007/{name}" for name in names),
+            "x.ckpt",
+            MANIFEST_NAME,
+        ]
+
+    def welcome(self):
+        return [".gitattributes", "iteration_00000007/.cache/x"]
+
+    def test_foreign_tracker_file_is_refused_and_untouched(self, tmp_path):
+        (tmp_path / TRACKER_NAME).write_text("12")
+        target, files = self.opened(tmp_path)
+        with pytest.raises(OutputExistsError, match=f"{TRACKER_NAME} is there already"):
+            target.check(files)
+        assert (tmp_path / TRACKER_NAME).read_text() == "12"
+
+    @pytest.mark.parametrize("name", ["iteration_00000006", "rank_0"])
+    def test_other_checkpoint_in_the_folder_is_refused(self, tmp_path, name):
+        (tmp_path / name).mkdir()
+        target, files = self.opened(tmp_path)
+        with pytest.raises(OutputExistsError, match=f"{tmp_path / name} is there already"):
+            target.check(files)
+
+    def test_tracker_file_is_written_last_of_all(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(os, "fsync", lambda fd: None)
+        at, finished = 0, False
+        while not finished:
+            folder = tmp_path / str(at)
+            with pytest.MonkeyPatch.context() as patched:
+                Killer(patched, at)
+                with contextlib.suppress(Killed):
+                    finished = self.convert(folder)
+            if (folder / TRACKER_NAME).exists():
+                assert (folder / TRACKER_NAME).read_text() == "7"
+                there = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+                beside = {f"iteration_00000007/{name}.json" for name in ("metadata", "common")}
+                assert {*self.expected(folder), *beside, MANIFEST_NAME} <= there
+            else:
+                assert not finished
+            at += 1
+        assert at > 20
+
+    def test_tracker_file_is_not_written_where_a_file_has_changed_meanwhile(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Manifest, "finish", lambda self, files: False)
+        assert not self.convert(tmp_path)
+        assert not (tmp_path / TRACKER_NAME).exists()
+
+    def test_files_are_those_of_model_and_optimizer(self, tmp_path):
+        _, files = self.opened(tmp_path)
+        held = {part: {t.name for f in files if f.part == part for t in f.tensors} for part in (0, 1)}
+        assert held == {0: {"layer.1", "layer.0", "norm"}, 1: {"adam_m.layer.1", "global_step"}}

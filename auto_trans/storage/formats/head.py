@@ -85,6 +85,7 @@ class FileHead:
         mtime_ns: Its modification time when it was scanned.
         crc: The crc32 stored in the file, or None.
         redundancy_removed: Whether MindSpore's ``remove_redundancy`` left out what other ranks hold; None = not told.
+        contents: What is read in place of its bytes: the numbers in a text.
     """
 
     path: Path
@@ -93,3 +94,4 @@ class FileHead:
     mtime_ns: int
     crc: Optional[int] = None
     redundancy_removed: Optional[bool] = None
+    contents: Optional[bytes] = None
