@@ -14,7 +14,7 @@ from strategy_files import strategy_file
 
 from auto_trans.coordination.lock import OutputLock
 from auto_trans.core.layout import Layout
-from auto_trans.errors import AutoTransError, OutputBusyError
+from auto_trans.errors import AutoTransError, ConfigError, OutputBusyError
 from auto_trans.hooks.clear import check_and_empty, clear_auto_trans_output
 from auto_trans.hooks.job import Job, Running
 from auto_trans.jobs import Load
@@ -84,6 +84,7 @@ def test_folders_are_emptied_and_made(job, tmp_path):
     assert source.exists()
 
 
+SAVED = oracle.DATA.parent / "checkpoint2"
 FULL = {"model.w": np.arange(32.0, dtype=np.float32).reshape(4, 8), "model.v": np.arange(8, dtype=np.float32)}
 STEP = {"global_step": np.array([8], np.int32)}
 
@@ -118,6 +119,21 @@ def test_distributed_safetensors_are_checked_and_the_output_kept(job, ranks):
         child for folder in (job.strategy_dir, job.transformed_dir, job.unified_dir) for child in folder.iterdir()
     )
     assert kept(job)
+
+
+def test_ckpt_job_may_load_an_iteration_of_checkpoint2(job, tmp_path):
+    """Its metadata.json is its strategy; a safetensors job is told what to do instead."""
+    shutil.copytree(SAVED / "dp2mp2_unique", tmp_path / "saved")
+    root = next(path.parent for path in (tmp_path / "saved").rglob("latest_checkpointed_iteration.txt"))
+    check_and_empty(job, Load.of(settings(root, load_ckpt_format="ckpt")))
+    for path in (root, next(root.glob("iteration_*"))):
+        with pytest.raises(
+            ConfigError, match=r"is a Checkpoint 2\.0; MindFormers 1.9 and later loads it with checkpoint"
+        ):
+            Load.of(settings(path))
+    (root / "latest_checkpointed_iteration.txt").write_text("77")
+    with pytest.raises(AutoTransError, match="names iteration 77, but"):
+        check_and_empty(job, Load.of(settings(root, load_ckpt_format="ckpt")))
 
 
 def missing_rank(ranks):
