@@ -2,11 +2,11 @@
 
     python benchmarks/job.py [--gigabytes 1] [--runs 5] [--folder /tmp/x] [--json results.json]
 
-The float16 slices of eight ranks are loaded by four, each a process with a network of its slices. "stock" is what
+The slices of eight ranks are loaded by four, each a process with a network of its slices. "stock" is what
 MindFormers calls: ``unified_safetensors`` on rank 0 while the others wait, then ``load_distributed_checkpoint`` on every
 rank. "auto_trans" is the session of all ranks with two converters, then ``load_checkpoint`` and ``load_param_into_net`` of
-every rank's own file. Wall time is that of the last rank, CPU seconds are those of all, and memory is what the busiest rank
-takes before it loads.
+every rank's own file. Wall time is that of the last rank, to the end of the conversion (of the merge) and to the end of the
+load; CPU seconds are those of all ranks, and memory is what the busiest rank takes before it loads.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from auto_trans.request import Request
 from auto_trans.together import SharedConversion, convert_together
 
 RANKS, CONVERTERS = 4, 2
+TIMES = ("convert", "wall", "cpu")
 
 
 class Rank:
@@ -46,13 +47,15 @@ class Rank:
         from mindspore.common.initializer import initializer
         from safetensors import safe_open
 
+        dtype = getattr(mindspore, self.case["dtype"])
+
         class Slices(nn.Cell):
             def __init__(self, file: str) -> None:
                 super().__init__()
                 with safe_open(file, framework="np") as tensors:
                     for i, name in enumerate(tensors.keys()):
                         shape = tensors.get_slice(name).get_shape()
-                        data = initializer("zeros", shape, mindspore.float16)
+                        data = initializer("zeros", shape, dtype)
                         setattr(self, f"p{i}", mindspore.Parameter(data, name=name))
 
         (file,) = Path(self.case["reference"], f"rank_{self.rank}").iterdir()
@@ -128,7 +131,7 @@ def check(network: Any, reference: Path) -> None:
     (file,) = reference.iterdir()
     for name, parameter in mindspore.load_checkpoint(str(file), format="safetensors").items():
         held = network.parameters_dict()[name]
-        if not (held.asnumpy() == parameter.asnumpy()).all():
+        if not (held.float().asnumpy() == parameter.float().asnumpy()).all():
             raise RuntimeError(f"{name} is loaded wrong")
 
 
@@ -154,16 +157,17 @@ def child(by: str, case: dict[str, Any], target: Path) -> Sample:
         if rank.exitcode:
             raise RuntimeError(f"a rank ended with {rank.exitcode}")
     return {
+        "convert": max(steps[0]["wall"] for steps in found),
         "wall": max(sum(step["wall"] for step in steps) for steps in found),
         "cpu": sum(step["cpu"] for steps in found for step in steps),
         "memory": max(steps[0]["memory"] for steps in found),
     }
 
 
-def prepare(folder: Path, nbytes: int) -> dict[str, str]:
-    """Makes the float16 slices of eight ranks, and what four ranks are to load."""
+def prepare(folder: Path, nbytes: int, dtype: str) -> dict[str, str]:
+    """Makes the slices of eight ranks, and what four ranks are to load."""
     shapes = llama_parameters(nbytes)
-    write_checkpoint(folder / "llama.ckpt", shapes)
+    write_checkpoint(folder / "llama.ckpt", shapes, dtype)
     old, new = write_strategy(folder / "mp8", shapes, mp=8), write_strategy(folder / "mp4", shapes, mp=4)
     for target, strategy in ((folder / "slices", old), (folder / "reference", new)):
         convert(folder / "llama.ckpt", target, None, strategy, format="safetensors")
@@ -171,7 +175,7 @@ def prepare(folder: Path, nbytes: int) -> dict[str, str]:
             manifest.unlink()
     (folder / "llama.ckpt").unlink()
     places = {"source": folder / "slices", "reference": folder / "reference", "old": old, "new": new}
-    return {name: str(path) for name, path in places.items()}
+    return {"dtype": dtype.lower(), **{name: str(path) for name, path in places.items()}}
 
 
 def main() -> None:
@@ -179,16 +183,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     arguments = parser.parse_args()
-    with work_folder(arguments.folder) as folder:
-        case = prepare(folder, int(arguments.gigabytes * 1e9))
-        found = interleave(__file__, list(CANDIDATES), case, arguments.runs, target=folder / "target")
-    ours, rows = found["auto_trans"]["median"], []
-    for by, m in ((by, result["median"]) for by, result in found.items()):
-        row = [by, f"{m['wall']:.2f}", f"{m['cpu']:.2f}", f"{m['memory'] / 2**20:.0f}"]
-        rows.append([*row, *(["", ""] if m is ours else [f"{m[key] / ours[key]:.1f}" for key in ("wall", "cpu")])])
-    print(table(("8 -> 4 ranks: by", "wall s", "CPU s", "memory MiB", "wall / ours", "CPU / ours"), rows))
+    results, rows = [], []
+    for dtype in ("Float16", "BFloat16"):
+        with work_folder(arguments.folder) as folder:
+            case = prepare(folder, int(arguments.gigabytes * 1e9), dtype)
+            found = interleave(__file__, list(CANDIDATES), case, arguments.runs, target=folder / "target")
+        results.append({"job": f"safetensors 8 -> 4, {dtype}", "by": found})
+        ours = found["auto_trans"]["median"]
+        for by, m in ((by, result["median"]) for by, result in found.items()):
+            row = [f"{dtype}: {by}", *(f"{m[key]:.2f}" for key in TIMES), f"{m['memory'] / 2**20:.0f}"]
+            rows.append([*row, *("" if m is ours else f"{m[key] / ours[key]:.1f}" for key in TIMES)])
+    heads = ("8 -> 4 ranks: by", "convert s", "and load s", "CPU s", "memory MiB", *(f"{key} / ours" for key in TIMES))
+    print(table(heads, rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps([{"job": "safetensors 8 -> 4", "by": found}], indent=1))
+        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

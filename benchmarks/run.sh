@@ -26,5 +26,6 @@ run() { # name of the results, then the command
 run compare compare.py --gigabytes "$gigabytes"
 run compare_tmpfs compare.py --only float16 replicas --against cp --folder /dev/shm # without a disk to wait for
 run merge merge.py --gigabytes "$gigabytes"
+run job job.py --gigabytes "$gigabytes"
 run limits limits.py
 run plan_scale plan_scale.py
