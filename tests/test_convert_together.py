@@ -138,8 +138,20 @@ def test_converters_merge_together(tmp_path, converters, shard_size, files):
     got = {name: array for file in merged for name, array in load_file(file).items()}
     assert got.keys() == FULL.keys() and all(np.array_equal(got[name], array) for name, array in FULL.items())
     assert load_file(out / "hyper_param.safetensors")["global_step"] == [3]
+    report = json.loads((tmp_path / "report.json").read_text())
+    written = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert report["bytes_written"] == written, "each file is written once"
     names = json.loads((out / "param_name_map.json").read_text())["weight_map"]
     assert all(name in load_file(out / names[name]) for name in FULL)
+
+
+def test_weights_of_one_rank_are_merged_though_they_match(tmp_path):
+    """What MindFormers slices is a set of files with its index, and no link."""
+    job = merging(tmp_path, 1, 1000)
+    one = {name: Layout((1,), ((),)) for name in FULL}
+    job.source, job.held = strategy(one), {0: FULL}
+    assert job.run() == {0: None, 1: None}
+    assert (tmp_path / "out" / "model-00001-of-00001.safetensors").is_file()
 
 
 def test_merge_is_complete_only_when_all_converters_are_done(tmp_path, monkeypatch):
