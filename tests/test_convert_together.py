@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 from builders import hold, load, request, save, strategy
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from auto_trans import together
 from auto_trans.config import Timing
@@ -149,7 +149,9 @@ def test_weights_of_one_rank_are_merged_though_they_match(tmp_path):
     """What MindFormers slices is a set of files with its index, and no link."""
     job = merging(tmp_path, 1, 1000)
     one = {name: Layout((1,), ((),)) for name in FULL}
-    job.source, job.held = strategy(one), {0: FULL}
+    job.source = strategy(one)
+    (tmp_path / "net" / "rank_0").mkdir(parents=True)
+    save_file(FULL, tmp_path / "net" / "rank_0" / "net_rank_0-1_1.safetensors")
     assert job.run() == {0: None, 1: None}
     assert (tmp_path / "out" / "model-00001-of-00001.safetensors").is_file()
 
