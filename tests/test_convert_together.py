@@ -148,8 +148,7 @@ def test_converters_merge_together(tmp_path, converters, shard_size, files):
 def test_weights_of_one_rank_are_merged_though_they_match(tmp_path):
     """What MindFormers slices is a set of files with its index, and no link."""
     job = merging(tmp_path, 1, 1000)
-    one = {name: Layout((1,), ((),)) for name in FULL}
-    job.source = strategy(one)
+    job.source = Strategy.complete()
     (tmp_path / "net" / "rank_0").mkdir(parents=True)
     save_file(FULL, tmp_path / "net" / "rank_0" / "net_rank_0-1_1.safetensors")
     assert job.run() == {0: None, 1: None}
