@@ -47,14 +47,16 @@ class TinyLlama:
         nodes: int = 1,
         environ: dict | None = None,
         msrun: bool = False,
+        script: Path = DEMO / "start.py",
+        mode: str = "",
     ) -> Run:
         """Trains with the Trainer; several ranks are started by msrun, one launcher for each node."""
         arguments = [
-            str(DEMO / "start.py"), str(DEMO / "tiny_llama.yaml"), f"output_dir={self.folder / output}",
-            f"train_dataset.data_loader.dataset_dir={self.folder / 'data'}", *map(str, settings),
+            str(script), str(DEMO / "tiny_llama.yaml"), *([mode] if mode else []), f"output_dir={self.folder / output}",
+            f"train_dataset.data_loader.dataset_dir={self.folder / 'data'}",
         ]  # fmt: skip
         if ranks == 1 and not msrun:
-            done = self._python(*arguments, check=False, environ=environ)
+            done = self._python(*arguments, *settings, check=False, environ=environ)
             return Run(done.returncode, [done.stdout])
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -73,7 +75,7 @@ class TinyLlama:
             command += ["--master_addr=127.0.0.1", f"--node_rank={node}"] if nodes > 1 else []
             launchers.append(
                 subprocess.Popen(
-                    [*command, *arguments[:2], *parallel, *arguments[2:]], env=self._environ(environ), cwd=self.folder,
+                    [*command, *arguments, *parallel, *map(str, settings)], env=self._environ(environ), cwd=self.folder,
                     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 )
             )  # fmt: skip
@@ -91,7 +93,7 @@ class TinyLlama:
     @staticmethod
     def _environ(extra):
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # msrun starts plain "python"
-        return {**os.environ, "PATH": path, "GLOG_v": "3", **(extra or {})}
+        return {**os.environ, "PATH": path, "PYTHONPATH": str(DEMO), "GLOG_v": "3", **(extra or {})}
 
 
 @pytest.fixture(scope="session")

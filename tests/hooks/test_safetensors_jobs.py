@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,19 @@ def test_complete_weights_are_checked_and_sliced_by_mindformers(llama, stock, tm
     assert run.code == 0, run.logs[0][-3000:]
     assert run.losses == stock.losses
     assert "the weights are complete, and MindFormers slices them while it loads: MindFormers' own" in run.logs[0]
+
+
+@pytest.mark.parametrize("mode", ["eval", "predict"])
+def test_evaluation_and_inference_load_what_they_load_with_mindformers(llama, mode):
+    settings = {"script": Path(__file__).with_name("load_only.py"), "mode": mode, "ranks": 2}
+    runs = [
+        llama.train(f"sf_{mode}_{name}", *job(llama.safetensors), environ=environ, **settings)
+        for name, environ in (("stock", ALONE), ("ours", None))
+    ]
+    digests = [re.findall(r"^digest (\w+)$", log, re.MULTILINE) for run in runs for log in run.logs]
+    assert all(len(found) == 1 for found in digests), runs[1].logs[0][-3000:]
+    assert len({found[0] for found in digests}) == 1
+    assert "converted" in runs[1].logs[0]
 
 
 def test_source_that_lacks_a_rank_is_told_on_every_rank_before_anything_is_built(llama, tmp_path):
