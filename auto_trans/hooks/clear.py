@@ -83,6 +83,7 @@ def check_and_empty(job: Job, load: Load) -> None:
             logger.info("%s are emptied", " and ".join(str(folder) for folder in folders))
             session.post("cleared", {})
         session.await_posts({"cleared": LEADER}, "empty the output directory")
+    job.emptied()
     if load.left:  # nobody tells when such a load ends, and nothing of ours is written
         job.release()
 

@@ -53,6 +53,7 @@ class Job:
 
     # A process is part of one job, and holds its output from its start to the end of its load, whichever thread does what.
     _held: ClassVar[Optional[OutputLock]] = None
+    _emptied: ClassVar[bool] = False
 
     def __init__(self, rank: int, world_size: int, output: Path) -> None:
         self.rank, self.world_size, self.output = rank, world_size, output
@@ -127,8 +128,18 @@ class Job:
                 session.await_told()
             raise
 
+    @property
+    def is_emptied(self) -> bool:
+        """Whether the output directory was emptied since the last load."""
+        return Job._emptied
+
+    def emptied(self) -> None:
+        """Notes that the output directory is emptied."""
+        Job._emptied = True
+
     def release(self) -> None:
         """Lets other jobs into the output directory."""
+        Job._emptied = False
         if Job._held is not None:
             Job._held.release()
             Job._held = None

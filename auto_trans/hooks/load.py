@@ -77,6 +77,8 @@ def load_checkpoint(
                 elect(job.world_size, load.config.transform_process_num)
         optimizer = kwargs.get("optimizer", args[1] if len(args) > 1 else None)
         known = look_at(job.world_size, network, optimizer)
+        if load.checked and not load.left and not job.is_emptied:  # a load without the Trainer, as for a service
+            check_and_empty(job, load)
         if load.left and load.checked:
             _check_complete(load, network, known)
         with Job.knowing(Running(config, known, load)):

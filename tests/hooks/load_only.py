@@ -1,6 +1,7 @@
 """Loads weights as MindFormers does for evaluation or inference, and prints a digest of the network.
 
-``python load_only.py CONFIG eval|predict [KEY=VALUE ...]``. Generating text takes a tokenizer and kernels that a CPU does not have; the load is the same.
+``python load_only.py CONFIG eval|predict [KEY=VALUE ...]``. To generate text takes a tokenizer and kernels that a CPU
+does not have; the load is the same.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from strategy_files import strategy_file
 
 from auto_trans.core.layout import Layout
 from auto_trans.doctor import examine
-from auto_trans.errors import PlanError
+from auto_trans.errors import CheckpointError, PlanError
 from auto_trans.hooks import load as hook
 from auto_trans.hooks import safetensors as inside
 from auto_trans.hooks.job import Job
@@ -142,6 +142,25 @@ def test_rank_is_given_its_converted_file(job, network, sources):
     (file,) = convert_as_mindformers_calls_us(job, config, network)
     assert Path(file) == job.transformed_dir / "checkpoint" / "rank_0" / "checkpoint_0.safetensors"
     assert config == settings, "the configuration is as it was"
+
+
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_load_without_the_trainer_checks_and_empties_too(job, network, sources, form):
+    """A service loads by a ModelRunner, which checks no settings."""
+    stale = job.transformed_dir / "checkpoint" / "rank_0" / "checkpoint_0.ckpt"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an earlier job")
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": form,
+        "load_checkpoint": str(sources / form / "checkpoint"),
+        "src_strategy_path_or_dir": str(sources / form / "strategy"),
+    }  # fmt: skip
+    seen = []
+    hook.load_checkpoint(lambda *args: seen.append(stale.exists()), Config(settings), None, network, None)
+    assert seen == [False]
+    (sources / form / "checkpoint" / "rank_1" / f"net.{form}").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="rank_1"):
+        hook.load_checkpoint(lambda *args: pytest.fail("compiled"), Config(settings), None, network, None)
 
 
 def test_complete_weights_of_another_model_are_told_before_anything_is_compiled(job, network, tmp_path):
