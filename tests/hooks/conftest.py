@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
+from auto_trans.hooks.job import Job
+
 DEMO = Path(__file__).parents[2] / "demo"
 
 
@@ -94,6 +96,16 @@ class TinyLlama:
     def _environ(extra):
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # msrun starts plain "python"
         return {**os.environ, "PATH": path, "PYTHONPATH": str(DEMO), "GLOG_v": "3", **(extra or {})}
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A job of one rank, without MindFormers."""
+    job = Job(0, 1, tmp_path / "output")
+    monkeypatch.setattr(Job, "current", classmethod(lambda cls, *args: job))
+    monkeypatch.setattr(Job, "in_modelarts", staticmethod(lambda: False))
+    yield job
+    job.release()
 
 
 @pytest.fixture(scope="session")

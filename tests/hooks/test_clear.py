@@ -20,16 +20,6 @@ from auto_trans.hooks.job import Job, Running
 from auto_trans.jobs import Load
 
 
-@pytest.fixture
-def job(tmp_path, monkeypatch):
-    """A job of one rank, without MindFormers."""
-    job = Job(0, 1, tmp_path / "output")
-    monkeypatch.setattr(Job, "current", classmethod(lambda cls, *args: job))
-    monkeypatch.setattr(Job, "in_modelarts", staticmethod(lambda: False))
-    yield job
-    job.release()
-
-
 def stock(*args):
     pytest.fail("MindFormers' own function would not spare the source")
 

@@ -17,7 +17,6 @@ from auto_trans.doctor import examine
 from auto_trans.errors import CheckpointError, PlanError
 from auto_trans.hooks import load as hook
 from auto_trans.hooks import safetensors as inside
-from auto_trans.hooks.job import Job
 
 pytestmark = pytest.mark.mindspore
 
@@ -30,16 +29,6 @@ class Config(dict):
 
     __getattr__ = dict.get
     __setattr__ = dict.__setitem__
-
-
-@pytest.fixture
-def job(tmp_path, monkeypatch):
-    """A job of one rank, without MindFormers."""
-    job = Job(0, 1, tmp_path / "output")
-    monkeypatch.setattr(Job, "current", classmethod(lambda cls, *args: job))
-    monkeypatch.setattr(Job, "in_modelarts", staticmethod(lambda: False))
-    yield job
-    job.release()
 
 
 @pytest.fixture
