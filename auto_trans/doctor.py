@@ -71,7 +71,8 @@ def examine(
             raise ValueError("it holds no settings")
     except (OSError, ValueError, yaml.YAMLError) as e:
         return [*checks, Check("error", f"{config} cannot be read: {e}", "give the YAML of a MindFormers job")], ()
-    found, load = _settings(settings)
+    verdict = judge_installed()
+    found, load = _settings(settings, "" if verdict is None else verdict.mindformers)
     told, expected = _told_ranks(settings)
     found += told if told or load is None else [Check("ok", "the settings are valid")]
     ranks = expected if world_size is None else world_size
@@ -89,7 +90,6 @@ def examine(
             found.append(Check("error", str(e), "set transform_process_num"))
     if any(check.status == "error" for check in found):
         return [*checks, *found], ()
-    verdict = judge_installed()
     if (load is not None and load.left) or (verdict is not None and not verdict.fits):
         found.append(Check("ok", "auto_trans will convert nothing"))
         assignments = ()
@@ -188,10 +188,10 @@ def _environment() -> Iterator[Check]:
         )
 
 
-def _settings(settings: Mapping[str, Any]) -> tuple[list[Check], Optional[Load]]:
+def _settings(settings: Mapping[str, Any], mindformers: str) -> tuple[list[Check], Optional[Load]]:
     """Whether the settings are valid, and what the job loads if they are."""
     try:
-        load = Load.of(settings, reshards=reshards_itself(settings))
+        load = Load.of(settings, reshards=reshards_itself(settings, mindformers))
     except AutoTransError as e:
         e.told_by(YAML_KEYS)
         return [Check("error", str(e))], None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, Optional
 
 from auto_trans.config import AutoTransConfig, parse_boolean
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import ConfigError
+from auto_trans.errors import CheckpointNotFoundError, ConfigError, UnsupportedCheckpointError
 from auto_trans.storage.checkpoint2.find import is_checkpoint2
+from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.names import HYPER_PARAMETERS, RANK_FOLDER
+from auto_trans.storage.scanned import read_errors
 from auto_trans.storage.sources import Checkpoint, as_strategy, find_sources
 
 __all__ = ["NOT_ASKED", "RESHARDS", "Load", "load_path", "reshards_itself"]
@@ -20,8 +23,6 @@ NOT_ASKED = "auto_trans_ckpt is not True"
 RESHARDS = "it loads Checkpoint 2.0, which MindFormers reshards by itself"
 
 _STEP = "global_step"
-# MindFormers 1.8 has renamed it
-_OLD_FORMAT = ("use_legacy_format", "ckpt_use_legacy_format")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Load:
             ConfigError: A setting has a value that it cannot have, or MindFormers would refuse to load.
         """
         format = settings.get("load_ckpt_format") or "ckpt"
+        if format not in FORMATS:
+            raise ConfigError(f"load_ckpt_format must be {' or '.join(FORMATS)}, not {format!r}")
         left = _left_as_a_whole(settings, modelarts, reshards)
         config = AutoTransConfig.from_settings(settings, load_path(settings), loads=not left)
         load = cls(config, format, bool(settings.get("resume_training")))
@@ -63,8 +66,6 @@ class Load:
             return replace(load, left=left, checked=False)
         if format == "safetensors":
             return _safetensors(load, parse_boolean("use_parallel", settings.get("use_parallel")))
-        if format != "ckpt":
-            raise ConfigError(f"load_ckpt_format must be ckpt or safetensors, not {format!r}")
         return load
 
     def source_strategy(self) -> Strategy:
@@ -114,14 +115,23 @@ def load_path(settings: Mapping[str, Any]) -> Any:
     return moved or settings.get("load_checkpoint")
 
 
-def reshards_itself(settings: Mapping[str, Any]) -> bool:
+def reshards_itself(settings: Mapping[str, Any], mindformers: str) -> bool:
     """Whether the settings, as the user wrote them, are those of a job of Checkpoint 2.0.
 
     MindFormers 1.9 fills ``checkpoint`` of every job when it checks the settings; afterwards this tells nothing.
+
+    Args:
+        settings: The settings.
+        mindformers: The version of MindFormers; one that tells none is taken for a new one.
     """
     if settings.get("run_mode") not in (None, "train", "finetune"):  # nothing else knows that format
         return False
-    return bool(settings.get("checkpoint")) or any(settings.get(name) is False for name in _OLD_FORMAT)
+    found = re.match(r"(\d+)\.(\d+)", mindformers)
+    version = (int(found[1]), int(found[2])) if found else (9, 9)
+    if version >= (1, 9) and settings.get("checkpoint"):
+        return True
+    key = "use_legacy_format" if version >= (1, 8) else "ckpt_use_legacy_format"
+    return version >= (1, 7) and settings.get(key) is False
 
 
 def _left_as_a_whole(settings: Mapping[str, Any], modelarts: bool, reshards: bool) -> str:
@@ -140,33 +150,54 @@ def _left_as_a_whole(settings: Mapping[str, Any], modelarts: bool, reshards: boo
 
 def _safetensors(load: Load, use_parallel: bool) -> Load:
     """A safetensors job: distributed weights are converted, complete ones are sliced by MindFormers as it loads them."""
-    config = load.config
-    path = Path(config.load_checkpoint).expanduser()
-    if path.is_file() and RANK_FOLDER.match(path.parent.name):
-        config = replace(config, load_checkpoint=str(path.parent.parent), resume_file=path.name)
-        path = path.parent.parent
-    if is_checkpoint2(path):
-        raise ConfigError(
-            f"load_checkpoint {path} is a Checkpoint 2.0; MindFormers 1.9 and later loads it with checkpoint: {{load_path: "
-            f"...}}; for this job convert it to rank folders: auto-trans convert {path} ... --dst-strategy ..."
-        )
-    if not path.is_dir() or not any(RANK_FOLDER.match(child.name) for child in path.iterdir()):
-        if path.is_file() and use_parallel:
-            raise ConfigError(
-                f"load_checkpoint {path} is a file, which MindFormers does not load with use_parallel: True; give the "
-                f"folder that holds it alone"
+    with read_errors(load.config.load_checkpoint):
+        path = Path(load.config.load_checkpoint).expanduser()
+        if not path.exists():
+            raise CheckpointNotFoundError(
+                f"checkpoint {path} is not found; set it to a file or folder that exists («src»)"
             )
-        if not use_parallel:
-            return replace(load, left="the weights are complete, and so is the model of one rank", checked=False)
-        return replace(load, left="the weights are complete, and MindFormers slices them while it loads")
+        if is_checkpoint2(path):
+            raise ConfigError(
+                f"load_checkpoint {path} is a Checkpoint 2.0; MindFormers 1.9 and later loads it with checkpoint: "
+                f"{{load_path: ...}}; for this job convert it to rank folders: auto-trans convert {path} ... --dst-strategy "
+                f"..."
+            )
+        of_a_rank = path.is_file() and RANK_FOLDER.match(path.parent.name)
+        folder = path.parent.parent if of_a_rank else path
+        if folder.is_dir() and any(RANK_FOLDER.match(child.name) for child in folder.iterdir()):
+            return _distributed(load, folder, path.name if of_a_rank else load.config.resume_file, use_parallel)
+        return _complete(load, path, use_parallel)
+
+
+def _distributed(load: Load, folder: Path, resume_file: Optional[str], use_parallel: bool) -> Load:
+    config = load.config
     if not use_parallel:
         raise ConfigError(
-            f"load_checkpoint {path} holds rank folders, which MindFormers loads as safetensors with use_parallel: True "
+            f"load_checkpoint {folder} holds rank folders, which MindFormers loads as safetensors with use_parallel: True "
             f"only; set it, or merge the weights first: auto-trans merge-safetensors"
         )
-    if config.src_strategy is None:
-        config = replace(config, src_strategy=_beside(path))
-    return replace(load, config=config)
+    if config.engine != "native":
+        raise ConfigError(f"a safetensors job is converted by «engine» native only, not {config.engine}")
+    strategy = config.src_strategy or _beside(folder)
+    return replace(
+        load, config=replace(config, load_checkpoint=str(folder), resume_file=resume_file, src_strategy=strategy)
+    )
+
+
+def _complete(load: Load, path: Path, use_parallel: bool) -> Load:
+    if path.is_file() and use_parallel:
+        raise ConfigError(
+            f"load_checkpoint {path} is a file, which MindFormers does not load with use_parallel: True; give the folder "
+            f"that holds it alone"
+        )
+    if not any(file.suffix == ".safetensors" for file in ([path] if path.is_file() else path.iterdir())):
+        raise UnsupportedCheckpointError(
+            f"load_checkpoint {path} holds no .safetensors files, which load_ckpt_format: safetensors asks for; set "
+            f"load_ckpt_format: ckpt, or another path"
+        )
+    if not use_parallel:
+        return replace(load, left="the weights are complete, and so is the model of one rank", checked=False)
+    return replace(load, left="the weights are complete, and MindFormers slices them while it loads")
 
 
 def _beside(checkpoint: Path) -> Optional[str]:

@@ -96,7 +96,8 @@ def convert_together(session: Session, shared: SharedConversion) -> None:
                 converter.lead()
             else:
                 converter.follow()
-    _await_visible(session, shared, lambda: _own_files(session, shared))
+    own_files = _own_files(session, shared)
+    _await_visible(session, shared, lambda: own_files)
 
 
 class _Converter:
@@ -290,12 +291,12 @@ def _finish(conversion: Conversion) -> None:
 
 
 def _own_files(session: Session, shared: SharedConversion) -> list[Path]:
-    """The file of this rank in every converted checkpoint, or the index of the complete set."""
+    """The file of this rank in every checkpoint that rank 0 has chosen, or the index of the complete set."""
     folder = shared.request.dst
     if shared.merges:
         return [folder / name for name in INDEX_NAMES]
-    names = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
-    return [target_file(shared.request, name, session.rank) for name in names]
+    names = [content["name"] for content in _await_prepared(session)["checkpoints"]]
+    return [target_file(shared.request, folder / name, session.rank) for name in names]
 
 
 def _await_visible(session: Session, shared: SharedConversion, files: Callable[[], list[Path]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from auto_trans.errors import ConfigError
+from auto_trans.errors import CheckpointError, CheckpointNotFoundError, ConfigError, UnsupportedCheckpointError
 from auto_trans.jobs import NOT_ASKED, RESHARDS, Load, reshards_itself
 
 
@@ -46,18 +46,46 @@ def settings(path, **changes):
         ({"auto_trans_ckpt": None}, NOT_ASKED),
         ({"only_save_strategy": True}, "only_save_strategy is True"),
         ({"run_mode": "predict", "use_legacy": False}, "inference with use_legacy: False reads weights by itself"),
-        ({"use_legacy_format": False}, RESHARDS),
-        ({"ckpt_use_legacy_format": False}, RESHARDS),
-        ({"checkpoint": {"save_max": 3}}, RESHARDS),
-        ({"use_legacy_format": True}, ""),
-        ({"checkpoint": {}}, ""),
-        ({"run_mode": "predict", "use_legacy_format": False}, ""),
     ],
 )
 def test_distributed_weights_are_converted_unless_the_settings_say_otherwise(weights, changes, left):
     given = settings(weights["ranks"], **changes)
-    load = Load.of(given, reshards=reshards_itself(given))
+    load = Load.of(given)
     assert load.left == left and load.checked == (not left)
+
+
+OLD_KEY, NEW_KEY, MAPPING = (
+    {"ckpt_use_legacy_format": False},
+    {"use_legacy_format": False},
+    {"checkpoint": {"save_max": 3}},
+)
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "reshards"),
+    [
+        ("1.6.0", OLD_KEY, False),
+        ("1.6.0", MAPPING, False),
+        ("1.7.0", OLD_KEY, True),
+        ("1.7.0", NEW_KEY, False),
+        ("1.8.0", OLD_KEY, False),
+        ("1.8.0", NEW_KEY, True),
+        ("1.8.0", MAPPING, False),
+        ("1.9.0", MAPPING, True),
+        ("2.1.0", MAPPING, True),
+        ("2.1.0", NEW_KEY, True),
+        ("10.0", MAPPING, True),
+        ("", MAPPING, True),
+        ("2.1.0", {"use_legacy_format": True}, False),
+        ("2.1.0", {"checkpoint": {}}, False),
+        ("2.1.0", {**NEW_KEY, "run_mode": "predict"}, False),
+        ("2.1.0", {**NEW_KEY, "run_mode": "finetune"}, True),
+    ],
+)
+def test_jobs_of_checkpoint2_are_told_by_the_keys_of_their_version(weights, version, changes, reshards):
+    given = settings(weights["ranks"], **changes)
+    assert reshards_itself(given, version) == reshards
+    assert (Load.of(given, reshards=reshards).left == RESHARDS) == reshards
 
 
 def test_nothing_is_done_on_modelarts(weights):
@@ -93,6 +121,29 @@ def test_what_mindformers_would_refuse_after_it_has_built_the_network_is_refused
 ):
     with pytest.raises(ConfigError, match=message):
         Load.of(settings(weights[kind], use_parallel=use_parallel))
+
+
+def test_complete_weights_of_the_other_format_are_refused(tmp_path):
+    (tmp_path / "net.ckpt").touch()
+    for path, parallel in ((tmp_path, True), (tmp_path / "net.ckpt", False)):
+        with pytest.raises(
+            UnsupportedCheckpointError, match=r"holds no \.safetensors files.*set load_ckpt_format: ckpt"
+        ):
+            Load.of(settings(path, use_parallel=parallel))
+
+
+def test_path_that_is_not_there_is_told(tmp_path):
+    for parallel in (True, False):
+        with pytest.raises(CheckpointNotFoundError, match="nowhere is not found"):
+            Load.of(settings(tmp_path / "nowhere", use_parallel=parallel))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Load.of(settings("~nobody-of-this-name/x"))
+
+
+def test_engine_that_cannot_convert_safetensors_is_refused_at_once(weights):
+    with pytest.raises(ConfigError, match="native only, not mindspore"):
+        Load.of(settings(weights["ranks"], auto_trans={"engine": "mindspore"}))
+    assert Load.of(settings(weights["complete"], auto_trans={"engine": "mindspore"})).left
 
 
 def test_format_that_there_is_none_of_is_refused(weights):

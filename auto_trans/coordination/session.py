@@ -35,6 +35,7 @@ _LAUNCH_VARIABLES = ("MS_SCHED_HOST", "MS_SCHED_PORT", "RANK_TABLE_FILE", "PMIX_
 
 _WATCH_SECONDS = 1.0
 _TOLD_SECONDS = 5.0
+_ALL_TOLD = "all_told"
 _WATCHED_AT_ONCE = 8  # the shared disk is not asked more often if there are more
 
 
@@ -106,11 +107,15 @@ class Session:
 
         A launcher kills all ranks once one has ended with an error; the log of each is to tell why before.
         """
-        until = self._clock.now() + _TOLD_SECONDS + 2 * self._timing.poll_max
+        until = self._clock.now() + _TOLD_SECONDS + 3 * self._timing.poll_max
         with contextlib.suppress(OutputError):
             self._board.tell(self.rank)
-        while self._board.told() < self.world_size and self._clock.now() < until:
-            self._clock.sleep(self._timing.poll_max)
+            while self._clock.now() < until:
+                if self.is_leader and self._board.told() == self.world_size:  # one rank counts, for all to read
+                    self.post(_ALL_TOLD, {})
+                if self._board.read(_ALL_TOLD) is not None:
+                    return
+                self._clock.sleep(self._timing.poll_max)
 
     def await_posts(self, names: Mapping[str, int], what: str) -> dict[str, dict[str, Any]]:
         """Waits until all of some names are posted, watching the ranks that owe them.

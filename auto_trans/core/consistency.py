@@ -200,7 +200,7 @@ def check_network(network: Network, tensors: Iterable[tuple[str, Shape, Collecti
             )
 
 
-def check_known(network: Network, names: Collection[str], where: str) -> None:
+def check_known(network: Network, names: Iterable[str], where: str) -> None:
     """Looks whether a network knows any of the parameters that it is to load.
 
     Args:
@@ -211,8 +211,13 @@ def check_known(network: Network, names: Collection[str], where: str) -> None:
     Raises:
         PlanError: It knows none, so that nothing would be loaded.
     """
-    if network.shapes and not any(name in network.shapes for name in names):
-        ours, theirs = next(iter(network.shapes)), next(iter(names), "none")
+    theirs = "none"
+    for i, name in enumerate(names):
+        if not network.shapes or name in network.shapes:
+            return
+        theirs = name if i == 0 else theirs
+    if network.shapes:
+        ours = next(iter(network.shapes))
         raise PlanError(
             f"{where} holds no parameter of the network ({theirs}, ... instead of {ours}, ...): it is of another model; set "
             f"«src» to weights of this one"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -43,16 +44,14 @@ def clear_auto_trans_output(
     Raises:
         AutoTransError: The source cannot be converted, or lies where it would be deleted.
     """
-    running = Job.running()
-    if running is not None and running.reshards:
-        return
     if Job.in_modelarts():
         source: list[Any] = [load_checkpoint, src_strategy_path_or_dir]
         original(*source, *([] if load_ckpt_format == "ckpt" else [load_ckpt_format]))
         return
-    job, known = Job.current(), dict(running.settings) if running is not None else {}
-    if not load_checkpoint:
-        protected = [load_path(known), known.get("src_strategy_path_or_dir")]
+    job, running = Job.current(), Job.running()
+    known = dict(running.settings) if running is not None else {}
+    if not load_checkpoint or (running is not None and running.reshards):
+        protected = [load_checkpoint, load_path(known), known.get("src_strategy_path_or_dir")]
         if job.rank == LEADER:
             clean_folders(_folders(job, load_ckpt_format), [path for path in protected if path])
         return
@@ -66,16 +65,20 @@ def clear_auto_trans_output(
 
 
 def check_and_empty(job: Job, load: Load) -> None:
-    """Checks the source, and empties what will be made anew; all ranks of the job call this.
+    """Checks the source, unless MindFormers loads it as it is, and empties what will be made anew.
+
+    All ranks of the job call this, and see the same: else it tells so.
 
     Raises:
         AutoTransError: The source cannot be converted, or lies where it would be deleted.
     """
     config, folders = load.config, _folders(job, load.format)
     protected = [path for path in (config.load_checkpoint, config.src_strategy) if path]
-    with job.session("clear", load.format, config.timing) as session, session.heartbeat():
+    seen = json.dumps([load.format, load.left, *protected])
+    with job.session("clear", seen, config.timing) as session, session.heartbeat():
         check_cleanable(folders, protected)
-        _check_source(session, load)
+        if load.checked:
+            _check_source(session, load)
         session.post(f"checked_rank_{job.rank}", {})
         if session.is_leader:
             session.await_posts({f"checked_rank_{r}": r for r in range(job.world_size)}, "check the source")

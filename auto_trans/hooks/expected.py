@@ -101,6 +101,11 @@ EXPECTED = (
             ("get_merged_src_strategy_path", ("config",), Others.NONE),
             ("get_merged_dst_strategy_path", ("config", "strategy_path"), Others.NONE),
             ("_get_src_file_suffix", ("config",), Others.NONE),
+            (
+                "validate_qkv_concat",
+                ("model_cls_or_instance", "qkv_concat_config", "load_checkpoint"),
+                Others.NONE,
+            ),
         )
     ),
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -75,6 +76,11 @@ class Job:
         from mindformers.tools import utils
 
         return bool(utils.check_in_modelarts())
+
+    @staticmethod
+    def mindformers() -> str:
+        """The version of MindFormers; empty if it tells none."""
+        return getattr(sys.modules.get("mindformers"), "__version__", "")
 
     @staticmethod
     def running() -> Optional[Running]:

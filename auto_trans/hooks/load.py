@@ -12,6 +12,7 @@ from auto_trans.coordination.election import elect
 from auto_trans.core.consistency import Network, check_known
 from auto_trans.hooks.clear import check_and_empty
 from auto_trans.hooks.job import Job, Running, in_yaml_words
+from auto_trans.hooks.safetensors import check_concatenation
 from auto_trans.jobs import RESHARDS, Load, load_path, reshards_itself
 from auto_trans.log import logger
 from auto_trans.storage.sources import ScannedFiles
@@ -33,18 +34,17 @@ def check_settings(original: Callable[..., None], trainer: Any, *args: Any, **kw
     Raises:
         AutoTransError: The source cannot be converted, or lies where it would be deleted.
     """
-    reshards = bool(trainer.config.get("auto_trans_ckpt")) and reshards_itself(trainer.config)
-    if reshards:
+    reshards = reshards_itself(trainer.config, Job.mindformers())
+    if reshards and trainer.config.get("auto_trans_ckpt"):
         logger.info("auto_trans leaves this job alone: %s", RESHARDS)
     with Job.knowing(Running(trainer.config, reshards=reshards)):
         original(trainer, *args, **kwargs)
     config = trainer.config
     ours = config.get("auto_trans_ckpt") and config.get("load_ckpt_format") == "safetensors" and not reshards
-    if ours and load_path(config):
+    if ours and load_path(config) and not Job.in_modelarts():
         with in_yaml_words():
-            load = Load.of(config, modelarts=Job.in_modelarts())
-        if load.checked:
-            check_and_empty(Job.current(), load)
+            load = Load.of(config)
+        check_and_empty(Job.current(), load)
 
 
 def load_checkpoint(
@@ -75,16 +75,26 @@ def load_checkpoint(
                 logger.info("%s: MindFormers' own conversion is used, not that of auto_trans", load.left)
             if load.checked:
                 elect(job.world_size, load.config.transform_process_num)
-        optimizer = kwargs.get("optimizer", args[1] if len(args) > 1 else None)
+        _, optimizer, _, predicts = _arguments(*args, **kwargs)
         known = look_at(job.world_size, network, optimizer)
         if load.checked and not load.left and not job.is_emptied:  # a load without the Trainer, as for a service
             check_and_empty(job, load)
-        if load.left and load.checked:
-            _check_complete(load, network, known)
+        with in_yaml_words():
+            if load.left and load.checked:
+                _check_complete(load, network, known)
+            elif load.format == "safetensors" and not load.left and predicts:
+                check_concatenation(load, config, network)
         with Job.knowing(Running(config, known, load)):
             original(config, model, network, *args, **kwargs)
     finally:
         job.release()
+
+
+def _arguments(
+    dataset: Any = None, optimizer: Any = None, do_eval: bool = False, do_predict: bool = False
+) -> tuple[Any, Any, bool, bool]:
+    """The last arguments of MindFormers' function, by name."""
+    return dataset, optimizer, do_eval, do_predict
 
 
 def look_at(world_size: int, *cells: Any) -> Network:
@@ -104,19 +114,21 @@ def look_at(world_size: int, *cells: Any) -> Network:
 
 def _check_complete(load: Load, network: Any, known: Network) -> None:
     """Looks whether complete weights, which MindFormers slices while it loads them, are of this model at all."""
-    strategy = load.source_strategy()
-    for checkpoint in load.find(strategy):
+    translate = _translator(network)
+    for checkpoint in load.find(load.source_strategy()):
         heads = ScannedFiles(checkpoint)
-        names = {_translated(network, name) for rank in heads.ranks for name in heads.tensors(rank)}
-        check_known(known, names, str(checkpoint.path))
+        check_known(known, (translate(n) for rank in heads.ranks for n in heads.tensors(rank)), str(checkpoint.path))
 
 
-def _translated(network: Any, name: str) -> str:
-    """The network's own name of a parameter that may bear HuggingFace's."""
-    for cell in (network, *(cell for _, cell in network.cells_and_names())):
-        if hasattr(cell, "convert_name"):
-            try:
-                return str(cell.convert_name(name))
-            except RuntimeError:  # a model that has no names of HuggingFace
-                break
-    return name
+def _translator(network: Any) -> Callable[[str], str]:
+    """What gives the network's own name of a parameter that may bear HuggingFace's."""
+    cells = (network, *(cell for _, cell in network.cells_and_names()))
+    cell = next((cell for cell in cells if hasattr(cell, "convert_name")), None)
+
+    def translate(name: str) -> str:
+        try:
+            return name if cell is None else str(cell.convert_name(name))
+        except RuntimeError:  # a model that has no names of HuggingFace
+            return name
+
+    return translate

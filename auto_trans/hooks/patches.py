@@ -103,6 +103,7 @@ _REPLACEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {
         "get_merged_src_strategy_path": _around("safetensors", "merge_source_strategy"),
         "load_safetensors_checkpoint": _around("safetensors", "load_slices"),
         "unify_safetensors": _around("safetensors", "unify"),
+        "validate_qkv_concat": _around("safetensors", "find_concatenated"),
     },
     "mindformers.models.modeling_utils": {"TransformCkpt": _transform},
     "mindformers.trainer.trainer": {"Trainer": _trainer},

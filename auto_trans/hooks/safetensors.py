@@ -18,7 +18,15 @@ from auto_trans.hooks.transform import convert_for_job, unify_for_job
 from auto_trans.jobs import Load
 from auto_trans.storage.names import rank_file
 
-__all__ = ["choose_suffix", "load_slices", "merge_source_strategy", "merge_target_strategy", "unify"]
+__all__ = [
+    "check_concatenation",
+    "choose_suffix",
+    "find_concatenated",
+    "load_slices",
+    "merge_source_strategy",
+    "merge_target_strategy",
+    "unify",
+]
 
 _PREFIX = "checkpoint_"
 
@@ -56,6 +64,31 @@ def merge_target_strategy(original: Callable[..., str], config: Any, strategy_pa
     """Leaves out the merge of the target strategy, unless MindFormers slices by it."""
     load = _ours()
     return original(config, strategy_path) if load is None or load.config.unify else strategy_path
+
+
+def check_concatenation(load: Load, config: Any, network: Any) -> None:
+    """Has MindFormers compare ``qkv_concat`` with the source, on every rank and before the graph is compiled.
+
+    Args:
+        load: What is loaded.
+        config: The job's configuration.
+        network: What is loaded into.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    from mindformers.utils.load_checkpoint_utils import validate_qkv_concat
+
+    (checkpoint,) = load.find(load.source_strategy())
+    if checkpoint.format.name == "safetensors":
+        concatenated = config.model.model_config.get("qkv_concat", False)
+        validate_qkv_concat(network, concatenated, str(checkpoint.all_files[0]))
+
+
+def find_concatenated(original: Callable[..., None], network: Any, concatenated: bool, load_checkpoint: str) -> None:
+    """Leaves out the look for concatenated weights among merged files; see `check_concatenation`."""
+    if _ours() is None:
+        original(network, concatenated, load_checkpoint)
 
 
 def load_slices(
@@ -109,11 +142,14 @@ def _assignments(load: Load) -> tuple[Assignment, ...]:
 @contextlib.contextmanager
 def _settings(config: Any, **values: Any) -> Iterator[None]:
     """A configuration with other values for a while."""
-    before = {name: config.get(name) for name in values}
+    before = {name: config[name] for name in values if name in config}
     try:
         for name, value in values.items():
             config[name] = value
         yield
     finally:
-        for name, value in before.items():
-            config[name] = value
+        for name in values:
+            if name in before:
+                config[name] = before[name]
+            else:
+                del config[name]

@@ -11,12 +11,12 @@ from typing import Optional
 from auto_trans.errors import CheckpointNotFoundError, CorruptCheckpointError
 from auto_trans.log import logger
 from auto_trans.storage.formats.head import FileHead
-from auto_trans.storage.names import HYPER_PARAMETERS
+from auto_trans.storage.names import HYPER_PARAMETERS, INDEX_NAMES
 
 __all__ = ["check_against_index", "find_shards", "is_index", "is_lone_shard", "is_one_of_several"]
 
 _SHARD = re.compile(r"-([0-9]+)-of-([0-9]+)\.safetensors$")
-_INDEX_ENDING, _MINDSPORE_INDEX = ".safetensors.index.json", "param_name_map.json"
+_INDEX_ENDING, _MINDSPORE_INDEX = ".safetensors.index.json", INDEX_NAMES[1]
 
 
 def is_lone_shard(file: Path) -> bool:
@@ -121,13 +121,18 @@ def _where(file: Optional[str]) -> str:
 
 
 def _read_indices(folder: Path) -> Optional[Mapping[str, str]]:
-    """Parameter -> file, by HuggingFace's index or MindSpore's; they agree where both are there."""
+    """Parameter -> file, by HuggingFace's index or MindSpore's; they agree where both are there.
+
+    MindFormers leaves MindSpore's beside HuggingFace's when it has loaded such weights, with its own names of the same
+    parameters; the shards bear HuggingFace's.
+    """
     maps = {path: _read_index(path) for path in sorted(folder.iterdir()) if is_index(path) and path.is_file()}
     if not maps:
         return None
-    (first, weight_map), *others = maps.items()
+    (first, weight_map), *others = sorted(maps.items(), key=lambda item: item[0].name == _MINDSPORE_INDEX)
     for path, other in others:
-        if other != weight_map:
+        renamed = path.name == _MINDSPORE_INDEX and sorted(other.values()) == sorted(weight_map.values())
+        if other != weight_map and not (renamed and all(weight_map.get(n, f) == f for n, f in other.items())):
             name = next(n for n in (*weight_map, *other) if weight_map.get(n) != other.get(n))
             places = [one.get(name, "no file") for one in (weight_map, other)]
             raise CorruptCheckpointError(

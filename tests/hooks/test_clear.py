@@ -58,10 +58,18 @@ def test_safetensors_job_is_looked_at_once(job):
     clear_auto_trans_output(stock, "/nowhere", None, "safetensors")
 
 
-def test_job_that_reshards_itself_is_left_alone(job):
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_output_of_a_job_that_reshards_itself_is_emptied_as_ever(job, tmp_path, form):
+    """Its source is no matter of ours, but that it survives."""
+    job.strategy_dir.mkdir(parents=True)
+    (job.strategy_dir / "old").write_text("of an earlier job")
     with Job.knowing(Running({}, reshards=True)):
-        clear_auto_trans_output(stock, "/nowhere", None, "ckpt")
-    assert not job.output.exists()
+        clear_auto_trans_output(stock, str(tmp_path), None, form)
+        assert not any(job.strategy_dir.iterdir()) and not kept(job)
+        (job.strategy_dir / "precious").write_text("weights")
+        with pytest.raises(AutoTransError, match="lies in"):
+            clear_auto_trans_output(stock, str(job.strategy_dir / "precious"), None, form)
+    assert (job.strategy_dir / "precious").exists()
 
 
 def test_folders_are_emptied_and_made(job, tmp_path):

@@ -58,6 +58,7 @@ FITTING = {
         "def get_merged_src_strategy_path(config): pass\n"
         "def get_merged_dst_strategy_path(config, strategy_path): pass\n"
         "def _get_src_file_suffix(config): pass\n"
+        "def validate_qkv_concat(model_cls_or_instance, qkv_concat_config, load_checkpoint): pass\n"
     ),
     "models/__init__.py": "from . import modeling_utils\n",
     "models/modeling_utils.py": (

@@ -66,6 +66,18 @@ def sources(tmp_path):
     return tmp_path
 
 
+def test_folder_of_an_earlier_conversion_is_not_waited_for(job, network, sources):
+    (job.transformed_dir / "other" / "rank_1").mkdir(parents=True)
+    from auto_trans.config import AutoTransConfig
+    from auto_trans.coordination.election import elect
+    from auto_trans.hooks.transform import convert_for_job
+
+    source = sources / "safetensors"
+    config = AutoTransConfig(str(source / "checkpoint"), str(source / "strategy"))
+    convert_for_job(job, config, elect(1, 1), "checkpoint_", None, format="safetensors")
+    assert (job.transformed_dir / "checkpoint" / "rank_0" / "checkpoint_0.safetensors").is_file()
+
+
 def convert_as_mindformers_calls_us(job, config, network):
     """Loads as MindFormers would: what it calls inside of its own function, and whether ours converts there."""
     loaded = []
@@ -83,12 +95,8 @@ def convert_as_mindformers_calls_us(job, config, network):
                 config.load_checkpoint, src_strategy=config.src_strategy_path_or_dir
             )
 
-    def check(trainer):
-        if trainer.config.get("checkpoint"):
-            trainer.config["use_legacy_format"] = False
-
-    hook.check_settings(check, SimpleNamespace(config=config))
-    if config.use_legacy_format is not False:
+    hook.check_settings(lambda trainer: None, SimpleNamespace(config=config))
+    if config.ckpt_use_legacy_format is not False:  # the version that is installed is 1.7
         hook.load_checkpoint(transform_and_load_checkpoint, config, None, network, None)
     return loaded
 
@@ -98,8 +106,7 @@ MODES = {
     "predict": {"run_mode": "predict"},
     "off": {"auto_trans_ckpt": False},
     "only the strategy": {"only_save_strategy": True},
-    "Checkpoint 2.0": {"use_legacy_format": False},
-    "Checkpoint 2.0 by its mapping": {"checkpoint": {"save_max": 2}},
+    "Checkpoint 2.0": {"ckpt_use_legacy_format": False},
 }
 
 
@@ -122,10 +129,54 @@ def test_doctor_foresees_what_the_job_does(job, network, sources, tmp_path, form
     assert converts == (mode in ("plain", "predict") and (form, kind) != ("safetensors", "complete"))
 
 
-def test_rank_is_given_its_converted_file(job, network, sources):
+@pytest.mark.parametrize("changes", [{"only_save_strategy": True}, {"use_parallel": False}], ids=str)
+def test_output_is_emptied_though_nothing_is_converted(job, network, sources, changes):
+    """The strategy files of an earlier job would mix with those of this one."""
+    job.strategy_dir.mkdir(parents=True)
+    (job.strategy_dir / "ckpt_strategy_rank_7.ckpt").write_text("of an earlier job")
     settings = {
-        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors", "remove_redundancy": True,
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors",
+        "load_checkpoint": str(sources / "safetensors" / "complete"), **changes,
+    }  # fmt: skip
+    hook.check_settings(lambda trainer: None, SimpleNamespace(config=Config(settings)))
+    assert not any(job.strategy_dir.iterdir())
+
+
+@pytest.mark.parametrize("concatenated", [True, False])
+def test_concatenation_is_compared_with_the_source_before_anything_is_compiled(
+    job, network, sources, monkeypatch, concatenated
+):
+    """MindFormers looks for it on rank 0 only, in merged files that there are none of, while the others wait."""
+    from mindformers.utils import load_checkpoint_utils as stock
+
+    keys = ["model.w"] if concatenated else ["model.qkv"]
+    monkeypatch.setattr(type(network), "obtain_qkv_ffn_concat_keys", lambda *args: keys, raising=False)
+    monkeypatch.setattr("mindformers.models.modeling_utils.PreTrainedModel", type(network))
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors", "run_mode": "predict",
         "load_checkpoint": str(sources / "safetensors" / "checkpoint"),
+    }  # fmt: skip
+    compiled = []
+
+    def load(config, model, network, dataset, **kwargs):
+        compiled.append(config.model.model_config.qkv_concat)
+        stock.validate_qkv_concat(network, config.model.model_config.qkv_concat, "/merged/by/nobody")
+
+    for told in (True, False):
+        config = Config(settings, model=Config(model_config=Config(qkv_concat=told)))
+        if told == concatenated:
+            hook.load_checkpoint(load, config, None, network, None, do_predict=True)
+        else:
+            with pytest.raises(ValueError, match="qkv concat check failed"):
+                hook.load_checkpoint(load, config, None, network, None, do_predict=True)
+    assert compiled == [concatenated]
+
+
+@pytest.mark.parametrize("more", [{}, {"remove_redundancy": True}], ids=str)
+def test_rank_is_given_its_converted_file(job, network, sources, more):
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors",
+        "load_checkpoint": str(sources / "safetensors" / "checkpoint"), **more,
     }  # fmt: skip
     config = Config(settings)
     (file,) = convert_as_mindformers_calls_us(job, config, network)
@@ -159,7 +210,9 @@ def test_complete_weights_of_another_model_are_told_before_anything_is_compiled(
         "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors",
         "load_checkpoint": str(tmp_path / "gpt"),
     }  # fmt: skip
-    with pytest.raises(PlanError, match=r"holds no parameter of the network \(gpt.w, ... instead of model.w"):
+    with pytest.raises(
+        PlanError, match=r"(?s)holds no parameter of the network \(gpt.w, ... instead of model.w.*set load_checkpoint"
+    ):
         hook.load_checkpoint(lambda *args: pytest.fail("compiled"), Config(settings), None, network, None)
 
 

@@ -435,6 +435,18 @@ class TestFiles:
             "what no metadata tells"
         )
 
+    @pytest.mark.parametrize(("first", "second"), [(2, 4), (4, 2)])
+    def test_parameter_that_stages_slice_in_their_own_ways_is_read_from_the_first(self, tmp_path, first, second):
+        by_rows = {2: Layout((2, 2), ((0,), ())), 4: Layout((4,), ((0,), ()))}
+        tied = strategy(
+            {"tied": {0: by_rows[first], 1: by_rows[second]}, "w": {0: Layout((4,))}, "v": {1: Layout((4,))}}, stages=2
+        )
+        full = {"tied": np.arange(24, dtype=np.float32).reshape(8, 3), "w": np.arange(2.0), "v": np.arange(3.0)}
+        full = {name: array.astype(np.float32) for name, array in full.items()}
+        write_iteration(tmp_path, full, tied)
+        shards = planned(tmp_path).source.shards("tied", Box.whole((8, 3)))
+        assert sum((_floats(shard) for shard in shards), []) == full["tied"].ravel().tolist()
+
     def test_names_of_any_characters(self, tmp_path):
         odd = {"it's": FULL["w"], 'a "b"': FULL["w"] + 1, "naïve.名前\\n": FULL["w"] + 2}
         write_iteration(tmp_path, odd, strategy({name: Layout((2,), ((0,),)) for name in odd}))

@@ -239,6 +239,16 @@ def test_indices_that_contradict_each_other_are_refused(shards):
     refused(shards, CorruptCheckpointError, r"embed\.weight is in .* by the one and in no file by the other")
 
 
+def test_index_of_mindformers_beside_that_of_huggingface_is_no_contradiction(shards):
+    """MindFormers leaves its own names of the same parameters there when it loads such weights for the first time."""
+    mapped = {name.replace("embed", "tok_embeddings"): file for name, file in weight_map().items()}
+    write_index(shards, mapped, MINDSPORE)
+    (found,) = find_checkpoints(shards)
+    assert ScannedFiles(found).tensors(0).keys() == weight_map().keys()
+    write_index(shards, {**mapped, "more": "model-00002-of-00002.safetensors"}, MINDSPORE)
+    refused(shards, CorruptCheckpointError, "contradict each other")
+
+
 def test_shard_that_the_index_does_not_name_is_refused(shards):
     write_shard(shards, "model-00003-of-00003.safetensors", ["embed.weight"])
     refused(

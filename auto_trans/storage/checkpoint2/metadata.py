@@ -71,8 +71,12 @@ def parse_metadata(content: Any, origin: str) -> Saved:
         _corrupt(origin, "it tells of no parameters")
     saved = arrange_saved(tensors, origin)
     if left:
-        keys = {_key(tensor.name, number) for tensor in tensors for number in range(len(tensor.places))}
-        _corrupt(origin, f"storage_data tells of {next(key for key in stored if key not in keys)}, nothing else does")
+        # several stages may hold a parameter, each sliced in its own way
+        chunks = ((name, chunk) for name, entry in described.items() for chunk in entry["chunk"])
+        keys = {_key(name, chunk["global_offset"][0]) for name, chunk in chunks}
+        unknown = next((key for key in stored if key not in keys), None)
+        if unknown is not None:
+            _corrupt(origin, f"storage_data tells of {unknown}, nothing else does")
     return saved
 
 
