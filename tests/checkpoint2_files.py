@@ -97,9 +97,12 @@ def write_iteration(
                         "alias_name": [f"x{i}" for i in range(len(layout.dev_matrix))],
                         "rank_list": ranks,
                     },
-                    "chunk": [{"global_offset": [n], "local_shape": shape} for n in holders],
+                    "chunk": [],
                 },
             )
+            chunks = described[name]["chunk"]
+            own = [{"global_offset": [n], "local_shape": shape} for n in holders]
+            chunks += [chunk for chunk in own if chunk not in chunks]
             for number, group in holders.items():
                 savers = group if saver is None else [saver(name, tuple(group))]
                 for rank in savers:

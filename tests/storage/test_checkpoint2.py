@@ -445,7 +445,7 @@ class TestFiles:
         full = {name: array.astype(np.float32) for name, array in full.items()}
         write_iteration(tmp_path, full, tied)
         shards = planned(tmp_path).source.shards("tied", Box.whole((8, 3)))
-        assert sum((_floats(shard) for shard in shards), []) == full["tied"].ravel().tolist()
+        assert [number for shard in shards for number in _floats(shard)] == full["tied"].ravel().tolist()
 
     def test_names_of_any_characters(self, tmp_path):
         odd = {"it's": FULL["w"], 'a "b"': FULL["w"] + 1, "naïve.名前\\n": FULL["w"] + 2}
