@@ -6,10 +6,10 @@ not pay for more.
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from auto_trans.conversion import convert as convert
     from auto_trans.core.strategy import Strategy as Strategy
     from auto_trans.errors import AutoTransError as AutoTransError
     from auto_trans.hooks.installation import install as install
+    from auto_trans.offline import convert as convert
     from auto_trans.report import ConversionReport as ConversionReport
     from auto_trans.storage.strategies import merge_strategies as merge_strategies
     from auto_trans.storage.strategies import read_strategy as read_strategy
@@ -20,7 +20,7 @@ _PUBLIC = {
     "AutoTransError": "auto_trans.errors",
     "ConversionReport": "auto_trans.report",
     "Strategy": "auto_trans.core.strategy",
-    "convert": "auto_trans.conversion",
+    "convert": "auto_trans.offline",
     "install": "auto_trans.hooks.installation",
     "merge_strategies": "auto_trans.storage.strategies",
     "read_strategy": "auto_trans.storage.strategies",

@@ -17,11 +17,9 @@ import filelock
 import yaml
 
 from auto_trans.config import YAML_KEYS, AutoTransConfig, parse_boolean
-from auto_trans.conversion import check_source
 from auto_trans.coordination.board import read_json, write_json
 from auto_trans.coordination.election import Assignment, elect
 from auto_trans.core.consistency import check_heads
-from auto_trans.core.rules import Allowed
 from auto_trans.errors import AutoTransError
 from auto_trans.hooks.compatibility import judge_installed
 from auto_trans.jobs import NOT_ASKED, Load, reshards_itself
@@ -213,18 +211,14 @@ def _job(settings: Mapping[str, Any], load: Load, world_size: Optional[int]) -> 
         )
         given = load.source_strategy()
         found = load.find(given)
-        allowed = Allowed(config.allow_extra, config.allow_missing)
         for one in found:
             source = one.strategy(given)
             yield Check(
                 "ok", f"source strategy: {plural(source.world_size, 'rank')} in {plural(source.stages, 'stage')}"
             )
             size += sum(file.stat().st_size for file in one.all_files)
-            heads = ScannedFiles(one)
-            plan = check_source(source, heads, allowed)
-            check_heads(source, heads)
-            load.check_resumable(one, {tensor.tensor.name for file in plan.files for tensor in file.tensors})
-            size = max(size, plan.nbytes)
+            size = max(size, load.check(one, source).nbytes)
+            check_heads(source, ScannedFiles(one))
             yield Check("ok", f"{one.path}: {plural(len(one.all_files), 'file')} readable and complete")
     except AutoTransError as e:
         e.told_by(YAML_KEYS)

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any, Optional
 
 from auto_trans.config import AutoTransConfig, parse_boolean
+from auto_trans.conversion import check_source
+from auto_trans.core.plan import Plan
+from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import CheckpointNotFoundError, ConfigError, UnsupportedCheckpointError
 from auto_trans.storage.checkpoint2.find import is_checkpoint2
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.names import HYPER_PARAMETERS, RANK_FOLDER
-from auto_trans.storage.scanned import read_errors
+from auto_trans.storage.scanned import ScannedFiles, read_errors
 from auto_trans.storage.sources import Checkpoint, as_strategy, find_sources
 
 __all__ = ["NOT_ASKED", "RESHARDS", "Load", "load_path", "reshards_itself"]
@@ -76,16 +79,26 @@ class Load:
         """
         return as_strategy(self.config.src_strategy)
 
-    def check_resumable(self, checkpoint: Checkpoint, names: Collection[str]) -> None:
-        """Looks whether a safetensors job that resumes finds the step at which it goes on.
+    def check(self, checkpoint: Checkpoint, strategy: Strategy) -> Plan:
+        """Checks all that a source and its strategy tell, before the target's is compiled.
 
         Args:
             checkpoint: The chosen files.
-            names: The parameters that they hold.
+            strategy: Their strategy.
+
+        Returns:
+            The plan of one complete checkpoint.
 
         Raises:
-            ConfigError: MindFormers would not find it after the graph is compiled.
+            AutoTransError: It cannot be converted, or MindFormers would refuse it.
         """
+        allowed = Allowed(self.config.allow_extra, self.config.allow_missing)
+        plan = check_source(strategy, ScannedFiles(checkpoint), allowed)
+        self._check_resumable(checkpoint, {tensor.tensor.name for file in plan.files for tensor in file.tensors})
+        return plan
+
+    def _check_resumable(self, checkpoint: Checkpoint, names: Collection[str]) -> None:
+        """Looks whether a safetensors job that resumes finds the step at which it goes on."""
         if self.format != "safetensors" or not self.resumes:
             return
         if checkpoint.distributed and _STEP not in names:

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from auto_trans.config import AutoTransConfig
-from auto_trans.conversion import check_source
 from auto_trans.coordination.election import LEADER
 from auto_trans.coordination.session import Session
 from auto_trans.core.consistency import check_heads
-from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
 from auto_trans.hooks.job import Job, in_yaml_words
 from auto_trans.jobs import Load, load_path
@@ -103,14 +101,12 @@ def _check_source(session: Session, load: Load) -> None:
     0 plans the merge to one complete checkpoint, which needs every slice of every parameter.
     """
     given = load.source_strategy()
-    allowed = Allowed(load.config.allow_extra, load.config.allow_missing)
     for checkpoint in load.find(given):
         strategy = checkpoint.strategy(given)
         if not load.left:
             check_heads(strategy, ScannedFiles(_share(checkpoint, strategy, session.rank, session.world_size)))
         if session.is_leader:
-            plan = check_source(strategy, ScannedFiles(checkpoint), allowed)
-            load.check_resumable(checkpoint, {tensor.tensor.name for file in plan.files for tensor in file.tensors})
+            load.check(checkpoint, strategy)
 
 
 def _share(checkpoint: Checkpoint, strategy: Strategy, rank: int, world_size: int) -> Checkpoint:

@@ -76,6 +76,7 @@ def test_resumed_training_goes_on_as_with_mindformers(llama):
     assert runs[0].losses == runs[1].losses and len(runs[0].losses[0]) > 4
 
 
+@pytest.mark.pairs
 def test_data_parallel_ranks_load_whole_weights(llama):
     """Where MindFormers itself fails, for want of a strategy to merge."""
     run = llama.train("sf_dp", *job(llama.safetensors, "parallel.parallel_mode=0"), ranks=4)
