@@ -22,7 +22,7 @@ from auto_trans.coordination.election import Assignment, elect
 from auto_trans.core.consistency import check_heads
 from auto_trans.errors import AutoTransError
 from auto_trans.hooks.compatibility import judge_installed
-from auto_trans.jobs import NOT_ASKED, Load, reshards_itself
+from auto_trans.jobs import NOT_ASKED, RESHARDS, Load, reshards_itself
 from auto_trans.sizes import format_bytes, plural
 from auto_trans.storage.capacity import available_memory, free_disk
 from auto_trans.storage.clean import check_cleanable
@@ -78,14 +78,14 @@ def examine(
         found.append(Check("warning", "the YAML does not tell the number of ranks", "give it: --world-size"))
     if world_size is not None and expected not in (None, world_size):
         what = f"the job is to have {plural(world_size, 'rank')}, but its YAML makes {expected}"
-        found.append(Check("warning", what, "give the number of ranks that use_parallel and parallel_config make"))
+        found.append(Check("warning", what, "check --world-size, or use_parallel and parallel_config in the YAML"))
     assignments: tuple[Assignment, ...] = ()
     if load is not None and load.checked:
-        found += _job(settings, load, ranks)
         try:
             assignments = () if ranks is None or load.left else elect(ranks, load.config.transform_process_num)
         except AutoTransError as e:
-            found.append(Check("error", str(e), "set transform_process_num"))
+            found.append(Check("error", str(e)))
+        found += _job(settings, load, ranks)
     if any(check.status == "error" for check in found):
         return [*checks, *found], ()
     if (load is not None and load.left) or (verdict is not None and not verdict.fits):
@@ -198,7 +198,14 @@ def _settings(settings: Mapping[str, Any], mindformers: str) -> tuple[list[Check
     if load.left == NOT_ASKED:
         what = f"{load.left}: nothing will be converted"
         return [Check("warning", what, "set auto_trans_ckpt: True")], load
-    return [Check("ok", f"{load.left}: MindFormers' own conversion is used, not that of auto_trans")], load
+    checks = [Check("ok", f"{load.left}: MindFormers' own conversion is used, not that of auto_trans")]
+    path = load.config.load_checkpoint
+    if path and not load.checked and not Path(path).expanduser().exists():
+        checks.append(Check("error", f"checkpoint {path} is not found", "set it to a file or folder that exists"))
+    if load.left == RESHARDS and not settings.get("load_checkpoint"):
+        what = "MindFormers refuses auto_trans_ckpt: True without load_checkpoint, also beside checkpoint: {load_path: ...}"
+        checks.append(Check("error", what, "set auto_trans_ckpt: False; such a job reshards by itself"))
+    return checks, load
 
 
 def _job(settings: Mapping[str, Any], load: Load, world_size: Optional[int]) -> Iterator[Check]:
@@ -213,9 +220,8 @@ def _job(settings: Mapping[str, Any], load: Load, world_size: Optional[int]) -> 
         found = load.find(given)
         for one in found:
             source = one.strategy(given)
-            yield Check(
-                "ok", f"source strategy: {plural(source.world_size, 'rank')} in {plural(source.stages, 'stage')}"
-            )
+            stages = f"source strategy: {plural(source.world_size, 'rank')} in {plural(source.stages, 'stage')}"
+            yield Check("ok", stages if one.distributed else "the source is complete")
             size += sum(file.stat().st_size for file in one.all_files)
             size = max(size, load.check(one, source).nbytes)
             check_heads(source, ScannedFiles(one))
@@ -224,6 +230,10 @@ def _job(settings: Mapping[str, Any], load: Load, world_size: Optional[int]) -> 
         e.told_by(YAML_KEYS)
         yield Check("error", str(e))
         return
+    if config.unify and not load.left:
+        yield Check(
+            "ok", f"unify: the weights are merged to {output / 'unified_checkpoint'}, and MindFormers slices them"
+        )
     if not load.left:
         yield from _resources(config, output, size, world_size)
     yield from probe_file_system(output)

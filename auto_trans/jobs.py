@@ -67,6 +67,8 @@ class Load:
         load = cls(config, format, bool(settings.get("resume_training")))
         if left:
             return replace(load, left=left, checked=False)
+        if config.unify and format != "safetensors":
+            raise ConfigError("auto_trans: {unify: True} is for load_ckpt_format: safetensors only; leave it out")
         if format == "safetensors":
             return _safetensors(load, parse_boolean("use_parallel", settings.get("use_parallel")))
         return load
@@ -171,9 +173,9 @@ def _safetensors(load: Load, use_parallel: bool) -> Load:
             )
         if is_checkpoint2(path):
             raise ConfigError(
-                f"load_checkpoint {path} is a Checkpoint 2.0; MindFormers 1.9 and later loads it with checkpoint: "
-                f"{{load_path: ...}}; for this job convert it to rank folders: auto-trans convert {path} ... --dst-strategy "
-                f"..."
+                f"load_checkpoint {path} is {'of ' if path.is_file() else ''}a Checkpoint 2.0; MindFormers 1.9 and later "
+                f"loads it with checkpoint: {{load_path: ...}}; for this job convert it to rank folders: auto-trans convert "
+                f"{path.parent if path.is_file() else path} ... --dst-strategy ..."
             )
         of_a_rank = path.is_file() and RANK_FOLDER.match(path.parent.name)
         folder = path.parent.parent if of_a_rank else path

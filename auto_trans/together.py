@@ -119,7 +119,10 @@ class _Converter:
         if fitting:
             for source in sources:
                 link_source(source, request)
-            logger.info("the weights in %s already match the strategy of this job: nothing is converted", request.src)
+            logger.info(
+                "the weights in %s already match the strategy of this job: nothing is converted, the files are linked",
+                request.src,
+            )
         session.post("prepared", {"matches": fitting, **_choice(request, checkpoints)})
         reports: list[dict[str, Any]] = []
         if not fitting:

@@ -125,7 +125,7 @@ def verify_against(
         folder: The converted weights: ``rank_N`` folders, or one complete checkpoint.
         original: The source.
         source: Strategy of the source.
-        target: Strategy of the converted weights.
+        target: Strategy of the converted weights; a Checkpoint 2.0 tells its own where this is complete.
         ranks: The target ranks to compare; all by default.
         allowed: What was allowed although it looked wrong.
         limit: After how many differences to stop.
@@ -143,6 +143,7 @@ def verify_against(
         raise ConfigError(f"{folder} holds {len(found)} complete checkpoints ({names}, ...); give one of the files")
     (made,) = found
     source = original.strategy(source)
+    target = made.strategy(target) if target.is_complete else target
     plan = make_plan(SlicedSource(source, ScannedFiles(original)), target, ranks, allowed=allowed)
     expected = {rank: {tensor.name for tensor in file.tensors} for file in plan.files for rank in file.ranks}
     sources = [_Held(rank, head) for rank, heads in _heads(original) for head in heads]
@@ -151,6 +152,12 @@ def verify_against(
     for rank in converted if ranks is None else ():
         if rank >= target.world_size:
             differences.append(Difference(rank, str(folder / f"rank_{rank}"), "", "is not of this target"))
+    if made.iteration:  # a slice may lie with any of the ranks that share it
+        held = {name for heads in converted.values() for head in heads for name in head.tensors}
+        differences += [
+            Difference(rank, str(folder), n, "is missing") for rank in expected for n in expected[rank] - held
+        ]
+        expected = {}
     compared = 0
     done: set[tuple[str, Box]] = set()
     for rank in range(target.world_size) if ranks is None else ranks:

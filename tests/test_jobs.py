@@ -140,6 +140,11 @@ def test_path_that_is_not_there_is_told(tmp_path):
         Load.of(settings("~nobody-of-this-name/x"))
 
 
+def test_merge_of_a_ckpt_job_is_refused(weights):
+    with pytest.raises(ConfigError, match="unify: True} is for load_ckpt_format: safetensors only"):
+        Load.of(settings(weights["ranks"], load_ckpt_format="ckpt", auto_trans={"unify": True}))
+
+
 def test_engine_that_cannot_convert_safetensors_is_refused_at_once(weights):
     with pytest.raises(ConfigError, match="native only, not mindspore"):
         Load.of(settings(weights["ranks"], auto_trans={"engine": "mindspore"}))

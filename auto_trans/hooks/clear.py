@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from auto_trans.config import AutoTransConfig
-from auto_trans.coordination.election import LEADER
+from auto_trans.coordination.election import LEADER, elect
 from auto_trans.coordination.session import Session
 from auto_trans.core.consistency import check_heads
 from auto_trans.core.strategy import Strategy
@@ -72,6 +72,9 @@ def check_and_empty(job: Job, load: Load) -> None:
     """
     config, folders = load.config, _folders(job, load.format)
     protected = [path for path in (config.load_checkpoint, config.src_strategy) if path]
+    if not load.left:
+        with in_yaml_words():
+            elect(job.world_size, config.transform_process_num)
     seen = json.dumps([load.format, load.left, *protected])
     with job.session("clear", seen, config.timing) as session, session.heartbeat():
         check_cleanable(folders, protected)

@@ -27,6 +27,7 @@ class Expected:
         used_in: The modules that use it, by its own name.
         defined_in: The modules that may define it, where the hook replaces it; none: any.
         optional: Parameters that may come after `parameters`, and that the hook knows.
+        may_lack: Whether a version without it is as good.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Expected:
     used_in: tuple[str, ...]
     defined_in: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    may_lack: bool = False
 
 
 _TRAINER, _TRAINER_UTILS = "mindformers.trainer.trainer", "mindformers.trainer.utils"
@@ -75,6 +77,7 @@ EXPECTED = (
         used_in=("mindformers.trainer.base_trainer",),
         defined_in=(_TRAINER_UTILS,),
     ),
+    Expected("preload_ckpt", ("config",), Others.NONE, used_in=(_TRAINER_UTILS,), may_lack=True),  # from 1.8 on
     # called (hooks/job.py)
     *(
         Expected(name, (), Others.DEFAULTED, used_in=(_TOOLS,))

@@ -63,7 +63,8 @@ def unify(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
 def merge_target_strategy(original: Callable[..., str], config: Any, strategy_path: str) -> str:
     """Leaves out the merge of the target strategy, unless MindFormers slices by it."""
     load = _ours()
-    return original(config, strategy_path) if load is None or load.config.unify else strategy_path
+    slices = load is None or load.config.unify
+    return original(config, strategy_path) if slices and not _is_whole() else strategy_path
 
 
 def check_concatenation(load: Load, config: Any, network: Any) -> None:
@@ -116,7 +117,10 @@ def load_slices(
     """
     load, running = _ours(), Job.running()
     if load is None or load.config.unify:
-        original(config, load_checkpoint_files, network, strategy_path, load_ckpt_path, optimizer)
+        # by no strategy MindFormers slices nothing, and fails
+        settings = {"auto_trans_ckpt": False, "remove_redundancy": False} if _is_whole() else {}
+        with _settings(config, **settings):
+            original(config, load_checkpoint_files, network, strategy_path, load_ckpt_path, optimizer)
         return
     job = Job.current()
     known = running.network if running is not None else None
@@ -133,6 +137,13 @@ def _ours() -> Optional[Load]:
     running = Job.running()
     load = running.load if running is not None else None
     return load if load is not None and load.format == "safetensors" and not load.left else None
+
+
+def _is_whole() -> bool:
+    """Whether auto_trans_ckpt is True and every rank holds all weights whole, so that MindSpore saves no strategy."""
+    from mindspore import context
+
+    return Job.running() is not None and context.get_auto_parallel_context("parallel_mode") == "data_parallel"
 
 
 def _assignments(load: Load) -> tuple[Assignment, ...]:

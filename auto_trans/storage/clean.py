@@ -36,7 +36,7 @@ def check_cleanable(folders: Iterable[Path], protected: Iterable[PathLike]) -> N
             for place in _places(path):
                 if real == place or real in place.parents:
                     raise ProtectedSourceError(
-                        f"{path} lies in {folder} (as {place}), which is cleaned at the start of a job with "
+                        f"{path} {_is_in(place, path, folder)}, which is cleaned at the start of a job with "
                         f"auto_trans_ckpt: True; move it to another place, or set another output_dir"
                     )
 
@@ -77,6 +77,12 @@ def _check_idle(folders: Iterable[Path]) -> None:
                 f"{folder} is not cleaned, for process {pid} is writing {file}: another job or conversion uses it; wait for "
                 f"that or end it, or set another output_dir"
             )
+
+
+def _is_in(place: Path, path: PathLike, folder: Path) -> str:
+    if place == folder.resolve():
+        return "is a folder" if Path(path) == folder else f"is {folder}"
+    return f"lies in {folder}" + ("" if place == Path(path) else f" (as {place})")
 
 
 def _places(protected: PathLike) -> list[Path]:

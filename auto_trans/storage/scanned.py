@@ -20,6 +20,9 @@ from auto_trans.storage.sharded import check_against_index
 
 __all__ = ["ScannedFiles", "read_errors"]
 
+# metadata.json tells of all parameters of the graph; MindFormers leaves these out of the files
+_NEVER_SAVED = "accu_grads"
+
 
 class ScannedFiles:
     """The heads of the files of a checkpoint, read as they are needed; see `auto_trans.core.source.Heads`.
@@ -39,7 +42,6 @@ class ScannedFiles:
         self._files: dict[tuple[int, Path], SourceFile] = {}
         self._places: dict[int, Mapping[str, FileHead]] = {}
         self._scanned: dict[Path, FileHead] = {}
-        self._unsaved: dict[str, bool] = {}
 
     def heads(self, rank: int) -> list[FileHead]:
         """The heads of a rank's files.
@@ -123,14 +125,6 @@ class ScannedFiles:
             return saved.held.get(rank, {}).get(name) == file.name
         return saved.writers.get(file.name, rank) == rank
 
-    def _is_unsaved(self, name: str) -> bool:
-        """Whether no file holds a parameter: MindFormers tells of all in the graph, accumulated gradients among them."""
-        if name not in self._unsaved:
-            saved = self.checkpoint.saved
-            files = {place.file for places in saved.tensors[name].places for place in places} if saved else ()
-            self._unsaved[name] = all(name not in self._scan(self.checkpoint.path / file).tensors for file in files)
-        return self._unsaved[name]
-
     def _check_saved(self, rank: int, heads: Sequence[FileHead]) -> None:
         """Compares what the files hold with what metadata.json says of them."""
         saved = self.checkpoint.saved
@@ -140,7 +134,7 @@ class ScannedFiles:
         for name, file in saved.held.get(rank, {}).items():
             tensor, path = saved.tensors[name], self.checkpoint.path / file
             stored = by_name[file].tensors.get(name)
-            if stored is None and self._is_unsaved(name):
+            if stored is None and _NEVER_SAVED in name:
                 continue
             if stored is None:
                 raise CorruptCheckpointError(

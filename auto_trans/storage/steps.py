@@ -108,10 +108,10 @@ def choose_resumed(candidates: Candidates, resume_file: str) -> dict[int, Path]:
         chosen[rank] = files[0].parent / RANK_IN_NAME.sub(f"_rank_{rank}", wanted)
         if chosen[rank] not in files:
             raise CheckpointNotFoundError(
-                f"{chosen[rank]}, the step that resume_training names, is not found for rank {rank}; there are "
+                f"{chosen[rank]}, the step that was chosen (resume_training), is not found for rank {rank}; there are "
                 f"{', '.join(f.name for f in files)}"
             )
-    logger.info("step of %s is taken from every rank folder, as resume_training says", wanted)
+    logger.info("the step of %s, which was chosen, is taken from every rank folder", wanted)
     return chosen
 
 

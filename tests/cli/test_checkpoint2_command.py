@@ -35,6 +35,16 @@ def test_there_and_back_is_the_conversion_itself(auto_trans, job, tmp_path):
         assert {name: got[name] for name in expected} == expected
 
 
+def test_metadata_tells_verify_the_strategy(auto_trans, job, tmp_path):
+    source, *strategies = job
+    auto_trans("convert", source, "new", *strategies, "--format", "checkpoint2")
+    assert "are equal to the source" in auto_trans("verify", "new", "--against", source, *strategies[:2]).stdout
+    assert "are equal to the source" in auto_trans("verify", "new", "--against", source, *strategies).stdout
+    shutil.copytree(ROOT, tmp_path / "copy")
+    out = auto_trans("verify", "copy", "--against", ROOT).stdout
+    assert "are equal to the source" in out, "redundancy was removed: what a rank lacks another has"
+
+
 def test_worker_processes_write_the_same(auto_trans, job, tmp_path):
     for processes, folder in ((1, "one"), (3, "three")):
         auto_trans("convert", job[0], folder, *job[1:], "--format", "checkpoint2", "--processes", processes)

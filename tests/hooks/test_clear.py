@@ -184,6 +184,15 @@ def test_source_that_cannot_be_converted_is_told_before_anything_is_built(job, r
     assert (job.strategy_dir / "old").exists() and not kept(job)
 
 
+def test_number_of_converters_that_cannot_be_is_told_before_anything_is_emptied(job, ranks):
+    job.strategy_dir.mkdir(parents=True)
+    (job.strategy_dir / "old").write_text("of an earlier job")
+    job.world_size = 4
+    with pytest.raises(ConfigError, match="set it to one of 1, 2, 4"):
+        check_and_empty(job, Load.of(settings(ranks, transform_process_num=3)))
+    assert (job.strategy_dir / "old").exists()
+
+
 def test_strategy_beside_the_checkpoint_is_not_emptied(job, ranks):
     """The job that resumes in the output directory of the one before."""
     job.output = ranks.parent

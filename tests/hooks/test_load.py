@@ -172,6 +172,41 @@ def test_concatenation_is_compared_with_the_source_before_anything_is_compiled(
     assert compiled == [concatenated]
 
 
+@pytest.mark.parametrize(("kind", "reads_ahead"), [("checkpoint", False), ("complete", True)])
+def test_source_that_is_converted_is_not_read_ahead(job, sources, kind, reads_ahead):
+    """MindFormers 1.8 looks for the file of each rank in the source, and fails where the job has more ranks than that."""
+    source = sources / "safetensors"
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors",
+        "load_checkpoint": str(source / kind),
+    }  # fmt: skip
+    read = []
+    hook.preload(read.append, Config(settings))
+    assert bool(read) == reads_ahead
+
+
+@pytest.mark.parametrize("unify", [True, False])
+def test_data_parallel_ranks_are_given_whole_files(job, network, sources, monkeypatch, unify):
+    """By no strategy MindFormers slices nothing, and fails."""
+    from mindspore import context
+
+    monkeypatch.setattr(context, "get_auto_parallel_context", lambda name: "data_parallel")
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors", "auto_trans": {"unify": unify},
+        "load_checkpoint": str(sources / "safetensors" / ("checkpoint" if unify else "complete")),
+    }  # fmt: skip
+    seen = []
+
+    def load(config, model, network, dataset):
+        merged = inside.merge_target_strategy(lambda *args: pytest.fail("merged"), config, "strategy")
+        assert merged == "strategy"
+        arguments = (config, ["whole.safetensors"], network, merged, "folder", None)
+        inside.load_slices(lambda config, files, *rest: seen.append((config.auto_trans_ckpt, files)), *arguments)
+
+    hook.load_checkpoint(load, Config(settings), None, network, None)
+    assert seen == [(False, ["whole.safetensors"])]
+
+
 @pytest.mark.parametrize("more", [{}, {"remove_redundancy": True}], ids=str)
 def test_rank_is_given_its_converted_file(job, network, sources, more):
     settings = {

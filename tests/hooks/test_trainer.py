@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import oracle
@@ -16,6 +17,7 @@ from auto_trans.merge_safetensors import merge_safetensors
 from auto_trans.together import REPORT_NAME
 
 pytestmark = pytest.mark.trainer
+DEMO = Path(__file__).parents[2] / "demo"
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,17 @@ def test_four_ranks_convert_load_and_train(llama, four):
         llama.folder / "trans" / "transformed_checkpoint" / "checkpoint" / "rank_3" / "checkpoint_3.ckpt"
     )
     assert converted == oracle.read_raw(llama.complete)
+
+
+@pytest.mark.pairs
+def test_more_ranks_than_the_source_has(llama, four, tmp_path):
+    llama._python(DEMO / "prepare.py", "slice", llama.complete, tmp_path / "mp2", 2)
+    settings = (f"load_checkpoint={tmp_path}/mp2/checkpoint", f"src_strategy_path_or_dir={tmp_path}/mp2/strategy")
+    run = llama.train(
+        "more", *settings, "auto_trans_ckpt=True", "load_ckpt_format=ckpt", "compile_stand_in=4x1", ranks=4
+    )
+    assert run.code == 0, run.logs[3][-3000:]
+    assert run.losses == four.losses
 
 
 def test_two_nodes_with_a_shared_disk(llama, four):

@@ -403,6 +403,31 @@ class TestFiles:
         conversion.check()
         assert "accu_grads.w" not in conversion.source.names
 
+    def test_files_that_changed_places_are_refused(self, tmp_path):
+        """With redundancy removed each file holds what the others lack, whole weights among them."""
+        shutil.copytree(GENUINE / "dp2mp2_unique", tmp_path / "saved")
+        (iteration,) = (tmp_path / "saved").glob("iteration_*")
+        first, second = sorted(iteration.glob("*model-*.safetensors"))[:2]
+        first.rename(tmp_path / "aside")
+        second.rename(first)
+        (tmp_path / "aside").rename(second)
+        with pytest.raises(
+            CorruptCheckpointError, match=r"is not in .*model-000000[01]-.*metadata.json says that it is"
+        ):
+            planned(tmp_path / "saved").check()
+
+    def test_whole_weight_that_no_file_holds_is_missed(self, tmp_path):
+        shutil.copytree(GENUINE / "dp2mp2_unique", tmp_path / "saved")
+        (iteration,) = (tmp_path / "saved").glob("iteration_*")
+        for file in iteration.glob("*model-*.safetensors"):
+            held = oracle.read_safetensors_raw(file)
+            if "model.norm_out.weight" in held:
+                names = {"F32": "Float32", "BF16": "BFloat16"}
+                kept = {n: r._replace(dtype=names[r.dtype]) for n, r in held.items() if n != "model.norm_out.weight"}
+                oracle.write_safetensors_raw(file, kept)
+        with pytest.raises(CorruptCheckpointError, match=r"model.norm_out.weight of rank . is not in"):
+            planned(tmp_path / "saved").check()
+
     def test_numbers_of_other_stages_are_not_taken(self, tmp_path):
         staged = strategy({"a": {0: Layout((2,), ((0,),))}, "b": {1: Layout((2,), ((0,),))}}, stages=2)
         full = {"a": np.arange(4, dtype=np.float32), "b": np.arange(4, 8, dtype=np.float32)}

@@ -67,7 +67,7 @@ def test_step_that_resume_training_picked_is_followed(make):
         0: "net_rank_0-1_9.ckpt",
         1: "net_rank_1-1_9.ckpt",
     }
-    with pytest.raises(CheckpointNotFoundError, match=r"net_rank_0-3_3\.ckpt, the step that resume_training names"):
+    with pytest.raises(CheckpointNotFoundError, match=r"net_rank_0-3_3\.ckpt, the step that was chosen"):
         find_checkpoints(path, resume_file="net_rank_0-3_3.ckpt")
 
 
