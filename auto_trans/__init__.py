@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from auto_trans.storage.strategies import merge_strategies as merge_strategies
     from auto_trans.storage.strategies import read_strategy as read_strategy
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _PUBLIC = {
     "AutoTransError": "auto_trans.errors",
