@@ -73,7 +73,7 @@ def load_checkpoint(
             load = Load.of(config, modelarts=Job.in_modelarts())
             if load.left:
                 logger.info("%s: MindFormers' own conversion is used, not that of auto_trans", load.left)
-            if load.checked:
+            else:
                 elect(job.world_size, load.config.transform_process_num)
         _, optimizer, _, predicts = _arguments(*args, **kwargs)
         known = look_at(job.world_size, network, optimizer)

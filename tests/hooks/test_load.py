@@ -259,6 +259,7 @@ def test_complete_weights_may_bear_the_names_of_huggingface(job, network, tmp_pa
         "load_checkpoint": str(tmp_path / "hf"),
     }  # fmt: skip
     network.convert_name = lambda name: name.replace("transformer.", "model.")
+    settings["transform_process_num"] = 3  # of converters that there are none of
     called = []
     hook.load_checkpoint(lambda *args: called.append(args), Config(settings), None, network, None)
     assert called
