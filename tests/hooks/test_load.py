@@ -270,4 +270,6 @@ def test_doctor_knows_every_setting_of_the_examples(example, tmp_path):
     """Their paths do not exist here; everything else is right."""
     checks, _ = examine(example, 8)
     errors = [check.what for check in checks if check.status == "error"]
+    asked = yaml.safe_load(example.read_text()).get("auto_trans_ckpt")
+    assert any("nothing will be converted" in check.what for check in checks) == (asked is not True)
     assert all("is not found" in error or "hook is not active" in error for error in errors), errors
