@@ -1,6 +1,6 @@
 """Loads weights as MindFormers does for evaluation or inference, and prints a digest of the network.
 
-``python load_only.py CONFIG eval|predict [KEY=VALUE ...]``. To generate text takes a tokenizer and kernels that a CPU
+``python load_only.py CONFIG eval,predict [KEY=VALUE ...]``. To generate text takes a tokenizer and kernels that a CPU
 does not have; the load is the same.
 """
 
@@ -18,13 +18,19 @@ from mindspore import Model
 
 
 def main() -> None:
-    """Loads, and prints."""
-    config, mode = MindFormerConfig(sys.argv[1]), sys.argv[2]
+    """Loads, and prints, once for each mode."""
+    config, modes = MindFormerConfig(sys.argv[1]), sys.argv[2].split(",")
     for argument in sys.argv[3:]:
         key, value = argument.split("=", 1)
         start._set(config, key.split("."), yaml.safe_load(value))
-    config.run_mode = mode
     build_context(config)
+    for mode in modes:
+        load(mode, config)
+
+
+def load(mode: str, config: MindFormerConfig) -> None:
+    """Loads for one mode, as a Trainer of its own does."""
+    config.run_mode = mode
     trainer = Trainer(config)
     trainer.config.load_checkpoint = config.load_checkpoint
     trainer._check_config_rules()
@@ -34,7 +40,7 @@ def main() -> None:
     digest = hashlib.sha256()
     for name, parameter in sorted(network.parameters_dict().items()):
         digest.update(name.encode() + parameter.asnumpy().tobytes())
-    print("digest", digest.hexdigest())
+    print(mode, "digest", digest.hexdigest(), flush=True)
 
 
 if __name__ == "__main__":

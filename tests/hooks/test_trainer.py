@@ -20,22 +20,6 @@ pytestmark = pytest.mark.trainer
 DEMO = Path(__file__).parents[2] / "demo"
 
 
-@pytest.fixture(scope="module")
-def alone(llama):
-    """One rank that loads the unsliced weights with MindFormers alone."""
-    run = llama.train("alone", f"load_checkpoint={llama.complete}", environ={"AUTO_TRANS_DISABLE": "1"})
-    assert run.code == 0, run.logs[0][-3000:]
-    return run
-
-
-@pytest.fixture(scope="module")
-def four(llama):
-    """Four ranks that load the unsliced weights with MindFormers alone."""
-    run = llama.train("four", f"load_checkpoint={llama.complete}", ranks=4, environ={"AUTO_TRANS_DISABLE": "1"})
-    assert run.code == 0, run.logs[0][-3000:]
-    return run
-
-
 def distributed(llama):
     return (
         f"load_checkpoint={llama.distributed}", f"src_strategy_path_or_dir={llama.strategy}", "auto_trans_ckpt=True",
