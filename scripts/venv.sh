@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes a virtual environment for the tests and the demo: MindFormers, MindSpore, and auto_trans as it lies here. Sourced by
 # the other scripts; leaves its bin folder first in PATH. AUTO_TRANS_VENV says where it lies, AUTO_TRANS_PAIR which MindFormers
-# and MindSpore are in it: 1.7.0+2.7.1, say, or "newest", what a plain pip install gives.
+# and MindSpore are in it: 1.7.0+2.7.1, say, or "newest", what a plain pip install gives. With AUTO_TRANS_BARE auto_trans is
+# left out.
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -43,7 +44,9 @@ if [ ! -f "$venv/complete" ]; then
     fi
     touch "$venv/complete"
 fi
-rm -rf "$root/build"
-"${pip[@]}" install "$root"
-"${pip[@]}" install --no-deps --force-reinstall "$root"
+if [ -z "${AUTO_TRANS_BARE:-}" ]; then
+    rm -rf "$root/build"
+    "${pip[@]}" install "$root"
+    "${pip[@]}" install --no-deps --force-reinstall "$root"
+fi
 export PATH="$venv/bin:$PATH" GLOG_v="${GLOG_v:-3}"
