@@ -35,7 +35,7 @@ def _wait(launcher: subprocess.Popen) -> int:
     while launcher.poll() is None:
         assert time.monotonic() - begin < 280, "msrun does not end"
         try:
-            children = process.children()
+            children = [child for child in process.children() if child.status() != psutil.STATUS_ZOMBIE]
         except psutil.NoSuchProcess:
             continue
         most = max(most, len(children))

@@ -231,6 +231,9 @@ def test_step_of_resume_training_is_followed(llama):
     assert "initial step: 8" in run.logs[0]
 
 
-def test_safetensors_is_left_to_mindformers(llama):
-    run = llama.train("st", f"load_checkpoint={llama.complete}", "auto_trans_ckpt=True", "load_ckpt_format=safetensors")
-    assert "MindFormers' own conversion is used, not that of auto_trans" in run.logs[0]
+def test_complete_safetensors_of_one_rank_are_left_to_mindformers(llama, alone, tmp_path):
+    merge_safetensors(llama.safetensors, tmp_path, llama.strategy)
+    run = llama.train("st", f"load_checkpoint={tmp_path}", "auto_trans_ckpt=True", "load_ckpt_format=safetensors")
+    assert run.code == 0, run.logs[0][-3000:]
+    assert "so is the model of one rank: MindFormers' own conversion is used, not that of auto_trans" in run.logs[0]
+    assert run.losses == alone.losses
