@@ -40,7 +40,7 @@ def _wait(launcher: subprocess.Popen) -> int:
             continue
         most = max(most, len(children))
         lone_since = (lone_since or time.monotonic()) if most > 1 == len(children) else None
-        if lone_since is not None and time.monotonic() - lone_since > 10:
+        if lone_since is not None and time.monotonic() - lone_since > 5:
             children[0].kill()
         time.sleep(0.2)
     return launcher.returncode

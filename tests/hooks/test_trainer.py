@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,9 @@ def test_four_ranks_convert_load_and_train(llama, four):
 
 
 @pytest.mark.pairs
+@pytest.mark.skipif(
+    metadata.version("mindformers").startswith("1.7"), reason="only MindFormers 1.8 and later read ahead"
+)
 def test_more_ranks_than_the_source_has(llama, four, tmp_path):
     llama._python(DEMO / "prepare.py", "slice", llama.complete, tmp_path / "mp2", 2)
     settings = (f"load_checkpoint={tmp_path}/mp2/checkpoint", f"src_strategy_path_or_dir={tmp_path}/mp2/strategy")
