@@ -223,8 +223,9 @@ def _job(settings: Mapping[str, Any], load: Load, world_size: Optional[int]) -> 
             stages = f"source strategy: {plural(source.world_size, 'rank')} in {plural(source.stages, 'stage')}"
             yield Check("ok", stages if one.distributed else "the source is complete")
             size += sum(file.stat().st_size for file in one.all_files)
-            size = max(size, load.check(one, source).nbytes)
-            check_heads(source, ScannedFiles(one))
+            heads = ScannedFiles(one)
+            size = max(size, load.check(heads, source).nbytes)
+            check_heads(source, heads)
             yield Check("ok", f"{one.path}: {plural(len(one.all_files), 'file')} readable and complete")
     except AutoTransError as e:
         e.told_by(YAML_KEYS)

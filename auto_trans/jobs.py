@@ -81,11 +81,11 @@ class Load:
         """
         return as_strategy(self.config.src_strategy)
 
-    def check(self, checkpoint: Checkpoint, strategy: Strategy) -> Plan:
+    def check(self, heads: ScannedFiles, strategy: Strategy) -> Plan:
         """Checks all that a source and its strategy tell, before the target's is compiled.
 
         Args:
-            checkpoint: The chosen files.
+            heads: The heads of the chosen files.
             strategy: Their strategy.
 
         Returns:
@@ -95,8 +95,8 @@ class Load:
             AutoTransError: It cannot be converted, or MindFormers would refuse it.
         """
         allowed = Allowed(self.config.allow_extra, self.config.allow_missing)
-        plan = check_source(strategy, ScannedFiles(checkpoint), allowed)
-        self._check_resumable(checkpoint, {tensor.tensor.name for file in plan.files for tensor in file.tensors})
+        plan = check_source(strategy, heads, allowed)
+        self._check_resumable(heads.checkpoint, {tensor.tensor.name for file in plan.files for tensor in file.tensors})
         return plan
 
     def _check_resumable(self, checkpoint: Checkpoint, names: Collection[str]) -> None:

@@ -109,7 +109,7 @@ def _check_source(session: Session, load: Load) -> None:
         if not load.left:
             check_heads(strategy, ScannedFiles(_share(checkpoint, strategy, session.rank, session.world_size)))
         if session.is_leader:
-            load.check(checkpoint, strategy)
+            load.check(ScannedFiles(checkpoint), strategy)
 
 
 def _share(checkpoint: Checkpoint, strategy: Strategy, rank: int, world_size: int) -> Checkpoint:

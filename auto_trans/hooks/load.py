@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, Callable
 
-from auto_trans.coordination.election import elect
 from auto_trans.core.consistency import Network, check_known
 from auto_trans.hooks.clear import check_and_empty
 from auto_trans.hooks.job import Job, Running, in_yaml_words
@@ -73,8 +72,6 @@ def load_checkpoint(
             load = Load.of(config, modelarts=Job.in_modelarts())
             if load.left:
                 logger.info("%s: MindFormers' own conversion is used, not that of auto_trans", load.left)
-            else:
-                elect(job.world_size, load.config.transform_process_num)
         _, optimizer, _, predicts = _arguments(*args, **kwargs)
         known = look_at(job.world_size, network, optimizer)
         if load.checked and not load.left and not job.is_emptied:  # a load without the Trainer, as for a service

@@ -16,6 +16,7 @@ from auto_trans.coordination.election import Assignment, elect
 from auto_trans.hooks.job import Job
 from auto_trans.hooks.transform import convert_for_job, unify_for_job
 from auto_trans.jobs import Load
+from auto_trans.request import DEFAULT_PREFIX
 from auto_trans.storage.names import rank_file
 
 __all__ = [
@@ -27,8 +28,6 @@ __all__ = [
     "merge_target_strategy",
     "unify",
 ]
-
-_PREFIX = "checkpoint_"
 
 
 def merge_source_strategy(original: Callable[..., str], config: Any) -> str:
@@ -124,9 +123,9 @@ def load_slices(
         return
     job = Job.current()
     known = running.network if running is not None else None
-    convert_for_job(job, load.config, _assignments(load), _PREFIX, known, format=load.format)
+    convert_for_job(job, load.config, _assignments(load), DEFAULT_PREFIX, known, format=load.format)
     folder = job.transformed_dir / Path(load.config.load_checkpoint).resolve().name
-    own = rank_file(folder, _PREFIX, job.rank, ".safetensors")
+    own = rank_file(folder, DEFAULT_PREFIX, job.rank, ".safetensors")
     # the file is this rank's own and complete, as where nothing is to be converted
     with _settings(config, auto_trans_ckpt=False, remove_redundancy=False):
         original(config, [str(own)], network, strategy_path, str(folder), optimizer)
