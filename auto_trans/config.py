@@ -7,6 +7,8 @@ set in a YAML mapping ``auto_trans:`` or in the environment, which wins:
 YAML ``auto_trans:``           environment                     default    meaning
 =============================  ==============================  =========  ============================================
 ``engine``                     ``AUTO_TRANS_ENGINE``           native     ``native``, or ``mindspore`` for its own API
+``load``                       ``AUTO_TRANS_LOAD``             files      ``files`` to convert first, or ``direct``
+``loader``                     ``AUTO_TRANS_LOADER``           native     ``native``, or ``mindspore`` for its own loader
 ``memory_limit``               ``AUTO_TRANS_MEMORY_LIMIT``     64MiB      memory of a converter
 ``join_timeout``               ``AUTO_TRANS_JOIN_TIMEOUT``     7200       seconds to wait for all ranks to arrive
 ``heartbeat_timeout``          ``AUTO_TRANS_HEARTBEAT_TIMEOUT``  60       seconds without a sign of life: a rank is lost
@@ -22,7 +24,7 @@ it is.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional, Union
 
@@ -50,6 +52,8 @@ YAML_KEYS = {
     "allow_extra": "auto_trans: {allow_extra: [...]}",
     "allow_missing": "auto_trans: {allow_missing: [...]}",
     "engine": "auto_trans: {engine: ...}",
+    "load": "auto_trans: {load: ...}",
+    "loader": "auto_trans: {loader: ...}",
     "memory_limit": "auto_trans: {memory_limit: ...}",
     "step": "resume_training",
     "file_suffix": "resume_training",
@@ -62,10 +66,11 @@ YAML_KEYS = {
     "max_shard_size": "auto-trans merge-safetensors --max-shard-size",
     "against": "auto-trans verify --against",
 }
-ENGINES = ("native", "mindspore")
+ENGINES = LOADERS = ("native", "mindspore")
+LOADS = ("files", "direct")
 _TIMEOUTS = ("join_timeout", "heartbeat_timeout", "stall_timeout")
 # the settings of the YAML mapping ``auto_trans:``
-_OWN = ("engine", "memory_limit", *_TIMEOUTS, "allow_extra", "allow_missing", "unify")
+_OWN = ("engine", "load", "loader", "memory_limit", *_TIMEOUTS, "allow_extra", "allow_missing", "unify")
 DEFAULT_MEMORY = 64 * 1024 * 1024
 _LEAST_MEMORY = 1024 * 1024
 
@@ -113,6 +118,8 @@ class AutoTransConfig:
         memory_limit: Bytes of memory of a converter.
         allow_extra: Patterns of parameters that every rank may hold whole although no strategy lists them.
         allow_missing: Patterns of weights that the target lists and the source may lack.
+        load: ``files`` to convert first and load what was written, or ``direct`` to assemble the slices in memory.
+        loader: What reads the files of a rank: ``native``, or ``mindspore``.
         unify: Has a safetensors job merge the weights to ``unified_checkpoint/``, for MindFormers to slice.
         timing: How long ranks wait for each other.
     """
@@ -127,8 +134,23 @@ class AutoTransConfig:
     memory_limit: int = DEFAULT_MEMORY
     allow_extra: tuple[str, ...] = ()
     allow_missing: tuple[str, ...] = ()
+    load: str = "files"
+    loader: str = "native"
     unify: bool = False
     timing: Timing = DEFAULT_TIMING
+
+    def __post_init__(self) -> None:
+        if self.is_direct:
+            for name, value, taken in (("engine", self.engine, "native"), ("loader", self.loader, "native")):
+                if value != taken:
+                    raise ConfigError(f"«load» direct goes with «{name}» {taken} only; leave «{name}» {value} out")
+            if self.unify:
+                raise ConfigError("«load» direct merges nothing; leave auto_trans: {unify: True} out")
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether every rank assembles its slices in memory, and nothing is written."""
+        return self.load == "direct"
 
     @classmethod
     def from_settings(
@@ -183,6 +205,8 @@ class AutoTransConfig:
             memory_limit=parse_memory(setting("memory_limit", None)),
             allow_extra=_patterns("allow_extra", setting("allow_extra", ())),
             allow_missing=_patterns("allow_missing", setting("allow_missing", ())),
+            load=_choice("load", setting("load", "files"), LOADS),
+            loader=_choice("loader", setting("loader", "native"), LOADERS),
             unify=_switch("unify", setting("unify", False)),
             timing=timing,
         )
@@ -214,9 +238,7 @@ def parse_npu_num(value: Any) -> int:
 
 def parse_engine(value: Any) -> str:
     """The engine's name."""
-    if value not in ENGINES:
-        raise ConfigError(f"«engine» must be one of {', '.join(ENGINES)}, not {value!r}")
-    return str(value)
+    return _choice("engine", value, ENGINES)
 
 
 def parse_memory(value: Union[int, str, None]) -> int:
@@ -236,6 +258,13 @@ def parse_boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise ConfigTypeError(f"{name} must be True or False, not {value!r}")
     return value
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> str:
+    """A setting that is one of some words."""
+    if value not in choices:
+        raise ConfigError(f"«{name}» must be one of {', '.join(choices)}, not {value!r}")
+    return str(value)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:

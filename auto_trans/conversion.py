@@ -12,19 +12,18 @@ from dataclasses import replace
 from typing import Callable, Optional
 
 from auto_trans.config import DEFAULT_MEMORY
-from auto_trans.core.consistency import check_heads, check_names, check_network, check_shapes, shapes_of_slice
+from auto_trans.core.consistency import check_shapes
 from auto_trans.core.edits import KeepFor
 from auto_trans.core.plan import FilePlan, Plan
 from auto_trans.core.planning import make_plan
 from auto_trans.core.rules import NOTHING, Allowed, some
 from auto_trans.core.source import Heads, SlicedSource
 from auto_trans.core.strategy import Strategy
-from auto_trans.core.tensor import Shape
 from auto_trans.engine.base import ConversionTask, Engine
 from auto_trans.engine.native import NativeEngine
 from auto_trans.engine.workers import WorkerEngine
-from auto_trans.errors import ConfigError, PlanError
-from auto_trans.log import logger
+from auto_trans.errors import ConfigError
+from auto_trans.planned import Planned
 from auto_trans.progress import Meter
 from auto_trans.report import ConversionReport
 from auto_trans.request import CHECKPOINT2, DEFAULT_PREFIX, Request
@@ -34,8 +33,6 @@ from auto_trans.storage.checkpoint2.common import common_of
 from auto_trans.storage.checkpoint2.target import Iteration
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.manifest import FileRecord
-from auto_trans.storage.readers import same_contents
-from auto_trans.storage.scanned import ScannedFiles
 from auto_trans.storage.sources import find_sources
 from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 
@@ -60,12 +57,11 @@ class Conversion:
         # a Checkpoint 2.0 tells of itself how it is sliced
         request = replace(request, from_strategy=checkpoint.strategy(request.from_strategy))
         self.request, self.checkpoint = request, checkpoint
-        self._heads = ScannedFiles(checkpoint)
-        self.source = SlicedSource(request.from_strategy, self._heads)
-        check_shapes(self.source, request.allowed)
-        self.plan: Plan = make_plan(
-            self.source, request.to_strategy, request.ranks, edits=request.edits, allowed=request.allowed
-        )
+        self._planned = Planned(
+            checkpoint, request.from_strategy, request.to_strategy, request.ranks, edits=request.edits,
+            allowed=request.allowed,
+        )  # fmt: skip
+        self.source, self.plan = self._planned.source, self._planned.plan
         self.target = _target(request, checkpoint, self.plan)
         self.files = self.target.arrange(self.plan)[share[0] :: share[1]]
         self._replicas = {rank: group for group in self.plan.replicas for rank in group}
@@ -107,13 +103,12 @@ class Conversion:
         check_memory(min(self.request.memory_limit, DEFAULT_MEMORY), processes)
         check_disk(self.request.dst, int(sum(self.target.size(file) for file in todo) / part))
         if heads:
-            check_heads(self.request.from_strategy, self._heads)
-            check_names(self.source, self._heads)
+            self._planned.check_heads()
         if self.request.network is not None:
-            check_network(self.request.network, self._slices(), self.request.from_strategy.origin)
-        self._check_carried()
+            self._planned.check_network(self.request.network)
+        self._planned.check_carried()
         if self.request.check_replicas:
-            self._check_replicas()
+            self._planned.check_replicas()
 
     def run(
         self,
@@ -171,24 +166,7 @@ class Conversion:
 
     def log_plan(self) -> None:
         """Logs what the plan leaves out or adds, which a user should know."""
-        plan = self.plan
-        missing = self.request.from_strategy.world_size - len(self.checkpoint.files)
-        if self.checkpoint.distributed and not self.checkpoint.iteration and missing:
-            logger.warning(
-                "%s holds %d of the %d ranks that %s describes; the others are replicas if it is the right strategy",
-                self.checkpoint.path, len(self.checkpoint.files), self.request.from_strategy.world_size,
-                self.request.from_strategy.origin,
-            )  # fmt: skip
-        told = " ".join(plan.warnings)
-        carried = [name for name in plan.carried if name not in told]
-        if carried:
-            logger.info("carried over as they are, in no strategy: %s", some(carried, 5))
-        if plan.absent:
-            logger.warning("not in the source, the model keeps its initial values: %s", some(plan.absent, 5))
-        if plan.dropped:
-            logger.warning("optimizer state dropped, the target has no optimizer: %s", some(plan.dropped, 5))
-        for warning in plan.warnings:
-            logger.warning("%s", warning)
+        self._planned.log()
 
     def _sort(self, files: Iterable[FilePlan]) -> tuple[list[FileRecord], list[FileRecord], list[FilePlan]]:
         """What is there already, what is linked to that, and what has to be written, with the ranks that lack it."""
@@ -228,33 +206,6 @@ class Conversion:
 
             return MindSporeEngine()
         return WorkerEngine(NativeEngine(), self.request.processes)
-
-    def _slices(self) -> Iterator[tuple[str, Shape, list[Shape]]]:
-        """Name, full shape and shapes of a slice, after and before optimizer shard, of every parameter."""
-        tensors = {tensor.name: tensor for file in self.plan.files for tensor in file.tensors}
-        return (
-            (n, t.tensor.shape, shapes_of_slice(self.request.to_strategy, n, t.tensor.shape))
-            for n, t in tensors.items()
-        )
-
-    def _check_carried(self) -> None:
-        """Carried arrays are right only if no rank holds a slice of them."""
-        for one, other in self.plan.replicated:
-            if not same_contents(one, other):
-                raise PlanError(
-                    f"parameter {one.tensor.name} is in no strategy, but differs between source rank {one.file.rank} and "
-                    f"{other.file.rank}: it is sliced in a way that {self.request.from_strategy.origin} does not tell; give "
-                    f"the strategy that the weights were saved under («src_strategy»)"
-                )
-
-    def _check_replicas(self) -> None:
-        """Compares all copies of every slice."""
-        for one, other in self.source.copies():
-            if not same_contents(one, other):
-                raise PlanError(
-                    f"rank {one.file.rank} and rank {other.file.rank} should hold the same slice of parameter "
-                    f"{one.tensor.name}, but their files differ; find out which of them is right"
-                )
 
     def _there(self, file: FilePlan) -> Iterator[FileRecord]:
         """What is there already with the contents of a file, of its own ranks and of others."""

@@ -73,6 +73,16 @@ class Load:
             return _safetensors(load, parse_boolean("use_parallel", settings.get("use_parallel")))
         return load
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether every rank assembles its slices in memory."""
+        return self.config.is_direct and not self.left
+
+    @property
+    def allowed(self) -> Allowed:
+        """What is allowed although it looks wrong."""
+        return Allowed(self.config.allow_extra, self.config.allow_missing)
+
     def source_strategy(self) -> Strategy:
         """The strategy of the source, read.
 
@@ -94,8 +104,7 @@ class Load:
         Raises:
             AutoTransError: It cannot be converted, or MindFormers would refuse it.
         """
-        allowed = Allowed(self.config.allow_extra, self.config.allow_missing)
-        plan = check_source(strategy, heads, allowed)
+        plan = check_source(strategy, heads, self.allowed)
         self._check_resumable(heads.checkpoint, {tensor.tensor.name for file in plan.files for tensor in file.tensors})
         return plan
 
@@ -212,6 +221,8 @@ def _complete(load: Load, path: Path, use_parallel: bool) -> Load:
         )
     if not use_parallel:
         return replace(load, left="the weights are complete, and so is the model of one rank", checked=False)
+    if load.config.is_direct:
+        return load
     return replace(load, left="the weights are complete, and MindFormers slices them while it loads")
 
 

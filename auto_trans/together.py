@@ -33,7 +33,7 @@ from auto_trans.storage.names import INDEX_NAMES
 from auto_trans.storage.sources import Checkpoint, find_sources
 from auto_trans.storage.strategies import merge_strategies
 
-__all__ = ["REPORT_NAME", "SharedConversion", "convert_together"]
+__all__ = ["REPORT_NAME", "SharedConversion", "convert_together", "merge_stages"]
 
 REPORT_NAME = "auto_trans_report.json"
 
@@ -112,7 +112,7 @@ class _Converter:
         begin = time.monotonic()
         shared, session = self._shared, self._session
         request = replace(shared.request, to_strategy=shared.read_target())
-        _merge_stages(request.to_strategy, shared.strategy_dir)
+        merge_stages(request.to_strategy, shared.strategy_dir)
         checkpoints = find_sources(request.src, request.from_strategy, request.resume_file)
         sources = [open_source(checkpoint, request) for checkpoint in checkpoints]
         fitting = not shared.merges and all(matches(source, request) for source in sources)
@@ -274,7 +274,7 @@ def _converted(shared: SharedConversion) -> dict[str, int]:
     return {f"converted_rank_{rank}": rank for rank in shared.converters}
 
 
-def _merge_stages(target: Strategy, strategy_dir: Path) -> None:
+def merge_stages(target: Strategy, strategy_dir: Path) -> None:
     """Leaves one file that describes all stages, as MindFormers does."""
     if target.stages > 1:
         logger.info("the strategies of %d stages are merged into %s", target.stages, merge_strategies(strategy_dir))

@@ -22,6 +22,7 @@ __all__ = [
     "LoraPair",
     "Product",
     "Recipe",
+    "Rename",
     "apply_edits",
     "find_pairs",
     "is_lora",
@@ -88,6 +89,28 @@ class Drop:
     def apply(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
         """Drops, see `Edit`."""
         return {name: recipe for name, recipe in recipes.items() if not name.startswith(self.prefixes)}
+
+
+@dataclass(frozen=True)
+class Rename:
+    """Gives parameters other names; those that it does not know keep theirs.
+
+    Attributes:
+        names: Pairs of the new name and the name in the source.
+    """
+
+    names: tuple[tuple[str, str], ...]
+
+    def apply(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+        """Renames, see `Edit`."""
+        new = {old: name for name, old in self.names}
+        renamed: dict[str, Recipe] = {}
+        for old, recipe in recipes.items():
+            name = new.get(old, old)
+            if name in renamed:
+                raise PlanError(f"parameter {renamed[name].source} and {recipe.source} would both be named {name}")
+            renamed[name] = recipe
+        return renamed
 
 
 @dataclass(frozen=True)

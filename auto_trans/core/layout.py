@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from auto_trans.core.tensor import Box, Shape
 from auto_trans.errors import LayoutError
@@ -72,6 +73,12 @@ class Layout:
     def whole(cls, devices: int = 1) -> Layout:
         """Every one of ``devices`` ranks holds the whole tensor, whatever its shape."""
         return cls((devices,))
+
+    @classmethod
+    def from_json(cls, content: Sequence[Any]) -> Layout:
+        """The layout of which another rank has told the fields, in their order."""
+        dev_matrix, tensor_map, opt_shard_size, opt_shard_step, ndims = content
+        return cls(tuple(dev_matrix), tuple(map(tuple, tensor_map)), opt_shard_size, opt_shard_step, tuple(ndims))
 
     @property
     def devices(self) -> int:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Optional
+from dataclasses import astuple, dataclass, field
+from typing import Any, Optional
 
 import xxhash
 
@@ -98,6 +98,40 @@ class Strategy:
         layouts = sorted((name, sorted(stages.items())) for name, stages in self.layouts.items())
         content = (self.stages, self.stage_devices, layouts, sorted(self.refused.items()), self.otherwise)
         return xxhash.xxh3_128_hexdigest(repr(content).encode())
+
+    def as_json(self) -> dict[str, Any]:
+        """The strategy as data that other ranks can read, see `from_json`; every distinct layout is in it once."""
+        layouts: dict[Layout, int] = {}
+        parameters = {
+            name: [[stage, layouts.setdefault(layout, len(layouts))] for stage, layout in stages.items()]
+            for name, stages in self.layouts.items()
+        }
+        return {
+            "stages": self.stages,
+            "stage_devices": self.stage_devices,
+            "parameters": parameters,
+            "layouts": [astuple(layout) for layout in layouts],
+            "refused": dict(self.refused),
+            "origin": self.origin,
+            "otherwise": None if self.otherwise is None else astuple(self.otherwise),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Strategy:
+        """The strategy that another rank has read."""
+        layouts = [Layout.from_json(layout) for layout in content["layouts"]]
+        otherwise = content["otherwise"]
+        return cls(
+            content["stages"],
+            content["stage_devices"],
+            {
+                name: {stage: layouts[number] for stage, number in stages}
+                for name, stages in content["parameters"].items()
+            },
+            content["refused"],
+            content["origin"],
+            None if otherwise is None else Layout.from_json(otherwise),
+        )
 
     def stage_of(self, rank: int) -> int:
         """The pipeline stage of a rank."""

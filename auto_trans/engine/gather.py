@@ -14,9 +14,11 @@ import numpy as np
 
 from auto_trans.core.plan import Copy, TensorPlan
 from auto_trans.core.tensor import Box, Extent, Shape, Shard, SourceFile, split_box
-from auto_trans.storage.readers import MappedFile, Reader
+from auto_trans.storage.readers import Reader, open_reader
 
 __all__ = ["Gatherer"]
+
+_ROWS_BYTES = 1024 * 1024  # large enough for a disk, small enough for the cache of a processor
 
 
 class Gatherer:
@@ -24,12 +26,13 @@ class Gatherer:
 
     Args:
         buffer_bytes: Size of the buffer in which strided parts are gathered.
-        open_reader: Opens a source file.
+        open_file: Opens a source file.
     """
 
-    def __init__(self, buffer_bytes: int, open_reader: Callable[[SourceFile], Reader] = MappedFile) -> None:
+    def __init__(self, buffer_bytes: int, open_file: Callable[[SourceFile], Reader] = open_reader) -> None:
         self._buffer = np.empty(buffer_bytes, np.uint8)
-        self._open = open_reader
+        self._rows = np.empty(min(buffer_bytes, _ROWS_BYTES), np.uint8)
+        self._open = open_file
         self._readers: dict[str, Reader] = {}
 
     def __enter__(self) -> Gatherer:
@@ -71,6 +74,27 @@ class Gatherer:
                 self._gather(copy.shard, _in_shard(copy, common), item, out[into.slices()])
             yield box, out.reshape(-1).data
 
+    def fill(self, tensor: TensorPlan, out: np.ndarray) -> None:
+        """Gathers the contents of a tensor where they are to stay, without a buffer between.
+
+        Args:
+            tensor: The tensor, to which nothing is added.
+            out: Gets its bytes: a contiguous array of uint8.
+
+        Raises:
+            SourceChangedError: A source file was written to since its head was read.
+            RuntimeError: The copies do not make up the tensor.
+        """
+        item, covered = tensor.tensor.item_bytes, sum(copy.box.volume for copy in tensor.copies)
+        if item * covered != out.nbytes or tensor.nbytes != out.nbytes or tensor.added is not None:
+            raise RuntimeError(f"the plan of {tensor.name} covers {covered} elements for {out.nbytes} bytes")
+        if not covered:
+            return
+        out = out.reshape(_bytes_shape(tensor.shape, item))
+        for copy in tensor.copies:
+            part = out[_bytes_box(copy.box, item).slices()]
+            self._gather(copy.shard, Box(copy.start, copy.box.size), item, part)
+
     def whole(self, tensor: TensorPlan) -> bytes:
         """The contents of a tensor at once; for small ones."""
         return b"".join(bytes(part) for _, part in self.parts(tensor))
@@ -95,7 +119,8 @@ class Gatherer:
     def _gather(self, shard: Shard, box: Box, item: int, out: np.ndarray) -> None:
         """Copies a box of a shard, which may lie in several chunks, to an array of bytes."""
         shape = _bytes_shape(shard.box.size, item)
-        _gather_rows(self._reader(shard.file), shard.extents, 0, shape, _bytes_box(box, item), out)
+        rows = _Rows(self._reader(shard.file), shard.extents, self._rows)
+        rows.copy(0, shape, _bytes_box(box, item), out)
 
     def _opaque(self, shard: Shard) -> Iterator[memoryview]:
         for offset, nbytes in shard.extents:
@@ -112,31 +137,56 @@ def _in_shard(copy: Copy, common: Box) -> Box:
     return Box(tuple(c - t + s for c, t, s in zip(common.offset, copy.box.offset, copy.start)), common.size)
 
 
-def _gather_rows(reader: Reader, extents: Sequence[Extent], base: int, shape: Shape, box: Box, out: np.ndarray) -> None:
-    """Copies a box of a tensor of bytes that begins ``base`` bytes into the chunks of ``extents``.
+class _Rows:
+    """Copies rows of a tensor of bytes that lies in the chunks of a file.
 
-    Rows that lie within one chunk are copied together; a row that straddles two is taken apart.
+    Args:
+        reader: The file.
+        extents: The chunks.
+        buffer: Where rows are read of which not all is needed, unless the reader shows them as they lie.
     """
-    row = math.prod(shape[1:])
-    done, begin = 0, base + box.offset[0] * row
-    while done < box.size[0]:
-        start = 0
-        chunk = 0
-        while begin >= start + extents[chunk][1]:
-            start += extents[chunk][1]
-            chunk += 1
-        offset, nbytes = extents[chunk]
-        rows = min(box.size[0] - done, (start + nbytes - begin) // row)
-        if rows:
-            source = reader.read(offset + begin - start, rows * row).reshape((rows, *shape[1:]))
-            columns = (slice(None), *box.slices()[1:])
-            out[done : done + rows] = source[columns]
-        else:
-            rows = 1
-            inner = Box(box.offset[1:], box.size[1:])
-            _gather_rows(reader, extents, begin, shape[1:], inner, out[done])
-        done += rows
-        begin += rows * row
+
+    def __init__(self, reader: Reader, extents: Sequence[Extent], buffer: np.ndarray) -> None:
+        self._reader, self._extents, self._buffer = reader, extents, buffer
+
+    def copy(self, base: int, shape: Shape, box: Box, out: np.ndarray) -> None:
+        """Copies a box of a tensor that begins ``base`` bytes into the chunks.
+
+        Rows that lie within one chunk are copied together; a row that straddles two is taken apart.
+        """
+        row = math.prod(shape[1:])
+        direct = box.size[1:] == shape[1:] and out.flags.c_contiguous
+        columns = (slice(None), *box.slices()[1:])
+        done, begin = 0, base + box.offset[0] * row
+        while done < box.size[0]:
+            offset, nbytes = self._chunk(begin)
+            rows = min(box.size[0] - done, nbytes // row)
+            if direct and rows:
+                self._reader.read_into(offset, out[done : done + rows])
+            elif (source := self._source(offset, rows, row)).size:
+                rows = len(source)
+                out[done : done + rows] = source.reshape((rows, *shape[1:]))[columns]
+            else:
+                rows = 1
+                self.copy(begin, shape[1:], Box(box.offset[1:], box.size[1:]), out[done])
+            done += rows
+            begin += rows * row
+
+    def _source(self, offset: int, rows: int, row: int) -> np.ndarray:
+        """As many of some whole rows as can be had at once, if any can."""
+        found = self._reader.view(offset, rows * row)
+        if found is None:
+            found = self._buffer[: min(rows, self._buffer.nbytes // row) * row]
+            self._reader.read_into(offset, found)
+        return found.reshape((-1, row))
+
+    def _chunk(self, begin: int) -> Extent:
+        """Where in the file a byte of the tensor lies, and how many follow it in its chunk."""
+        for offset, nbytes in self._extents:
+            if begin < nbytes:
+                return offset + begin, nbytes - begin
+            begin -= nbytes
+        raise IndexError(begin)
 
 
 def _flat(offset: Shape, shape: Shape) -> int:

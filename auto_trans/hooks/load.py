@@ -10,6 +10,7 @@ from typing import Any, Callable
 
 from auto_trans.core.consistency import Network, check_known
 from auto_trans.hooks.clear import check_and_empty
+from auto_trans.hooks.direct import judge_names
 from auto_trans.hooks.job import Job, Running, in_yaml_words
 from auto_trans.hooks.safetensors import check_concatenation
 from auto_trans.jobs import RESHARDS, Load, load_path, reshards_itself
@@ -69,7 +70,7 @@ def load_checkpoint(
     job = Job.current()
     try:
         with in_yaml_words():
-            load = Load.of(config, modelarts=Job.in_modelarts())
+            load = judge_names(Load.of(config, modelarts=Job.in_modelarts()), config, network)
             if load.left:
                 logger.info("%s: MindFormers' own conversion is used, not that of auto_trans", load.left)
         _, optimizer, _, predicts = _arguments(*args, **kwargs)

@@ -109,6 +109,7 @@ _REPLACEMENTS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "mindformers.trainer.trainer": {"Trainer": _trainer},
     "mindformers.trainer.utils": {
         "TransformCkpt": _transform,
+        "get_load_checkpoint_result": _around("direct", "read_parameters"),
         "preload_ckpt": _around("load", "preload"),
         "transform_and_load_checkpoint": _around("load", "load_checkpoint"),
     },

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Optional
 
 from auto_trans.coordination.election import Assignment, elect
+from auto_trans.hooks.direct import load_own_file, load_own_slices, read_names
 from auto_trans.hooks.job import Job
 from auto_trans.hooks.transform import convert_for_job, unify_for_job
 from auto_trans.jobs import Load
@@ -79,10 +80,11 @@ def check_concatenation(load: Load, config: Any, network: Any) -> None:
     """
     from mindformers.utils.load_checkpoint_utils import validate_qkv_concat
 
-    (checkpoint,) = load.find(load.source_strategy())
+    checkpoint = load.find(load.source_strategy())[0]
     if checkpoint.format.name == "safetensors":
         concatenated = config.model.model_config.get("qkv_concat", False)
-        validate_qkv_concat(network, concatenated, str(checkpoint.all_files[0]))
+        where = checkpoint.path if checkpoint.is_sharded else checkpoint.all_files[0]
+        validate_qkv_concat(network, concatenated, str(where))
 
 
 def find_concatenated(original: Callable[..., None], network: Any, concatenated: bool, load_checkpoint: str) -> None:
@@ -123,12 +125,28 @@ def load_slices(
         return
     job = Job.current()
     known = running.network if running is not None else None
+    if load.is_direct:
+        _set(config, network, optimizer, load_own_slices(job, load, known, read_names(config, network)))
+        return
     convert_for_job(job, load.config, _assignments(load), DEFAULT_PREFIX, known, format=load.format)
     folder = job.transformed_dir / Path(load.config.load_checkpoint).resolve().name
     own = rank_file(folder, DEFAULT_PREFIX, job.rank, ".safetensors")
+    if load.config.loader == "native":
+        _set(config, network, optimizer, load_own_file(job.rank, [own]))
+        return
     # the file is this rank's own and complete, as where nothing is to be converted
     with _settings(config, auto_trans_ckpt=False, remove_redundancy=False):
         original(config, [str(own)], network, strategy_path, str(folder), optimizer)
+
+
+def _set(config: Any, network: Any, optimizer: Any, parameters: dict[str, Any]) -> None:
+    """Sets the parameters of the network as MindFormers does with those of a rank's own file."""
+    import mindspore
+    from mindformers.utils.load_checkpoint_utils import update_global_step
+
+    if optimizer and config.resume_training:
+        update_global_step(config, parameters)
+    mindspore.load_param_into_net(network, parameters)
 
 
 def _ours() -> Optional[Load]:

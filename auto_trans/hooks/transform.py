@@ -101,6 +101,9 @@ class TransformCkpt:
             if value:
                 logger.warning("%s is not used with auto_trans_ckpt: True", name)
         running = Job.running()
+        load = running.load if running is not None else None
+        if load is not None and load.is_direct and Path(load.config.load_checkpoint) == Path(src_checkpoint):
+            return str(self._job.transformed_dir)  # what MindFormers calls next loads: `auto_trans.hooks.direct`
         known = {**running.settings} if running is not None else {}
         with in_yaml_words():
             settings = AutoTransConfig.from_settings(

@@ -12,7 +12,7 @@ import psutil
 from auto_trans.errors import InsufficientDiskError, InsufficientMemoryError, OutputError
 from auto_trans.sizes import format_bytes
 
-__all__ = ["available_memory", "check_disk", "check_memory", "existing_part", "free_disk"]
+__all__ = ["available_memory", "check_disk", "check_memory", "check_slices_fit", "existing_part", "free_disk"]
 
 _CGROUP = Path("/sys/fs/cgroup")
 
@@ -38,6 +38,16 @@ def check_memory(needed: int, processes: int = 1) -> None:
         raise InsufficientMemoryError(
             f"the conversion needs {format_bytes(needed)} of memory in each of {processes} processes on this machine, but "
             f"only {format_bytes(available)} is available; decrease «processes» or «memory_limit»"
+        )
+
+
+def check_slices_fit(nbytes: int) -> None:
+    """Raises InsufficientMemoryError unless slices of ``nbytes`` bytes can be held in memory."""
+    available = available_memory()
+    if nbytes > available:
+        raise InsufficientMemoryError(
+            f"the slices of this rank take {format_bytes(nbytes)} of memory, but only {format_bytes(available)} is "
+            f"available on this machine; start fewer ranks on it, or slice the model further"
         )
 
 

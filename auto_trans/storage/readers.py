@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, Union
+from typing import Optional, Protocol, Union
 
 import numpy as np
 import xxhash
@@ -15,9 +16,15 @@ import xxhash
 from auto_trans.core.tensor import Extent, Shard, SourceFile
 from auto_trans.errors import CheckpointError, CorruptCheckpointError, SourceChangedError
 
-__all__ = ["LocalReader", "MappedFile", "Reader", "digest_extents", "same_contents"]
+__all__ = ["LocalReader", "MappedFile", "PositionedFile", "Reader", "digest_extents", "open_reader", "same_contents"]
 
 _READ_BYTES = 4 * 1024 * 1024
+_PREAD_BYTES = 256 * 1024 * 1024  # one call takes no more than 2 GiB, and a signal waits for its end
+# The system fetches a mapped file page by page as it is touched, and each fetch waits for the server.
+_REMOTE = re.compile(
+    r"9p|afs|beegfs|ceph|cifs|fuse(blk)?(\..*)?|gfs2|glusterfs|gpfs|lustre|ncpfs|nfs4?|orangefs|panfs|pvfs2|smb\w*|virtiofs"
+    r"|wekafs"
+)
 
 
 class Reader(Protocol):
@@ -41,6 +48,16 @@ class Reader(Protocol):
     def read(self, offset: int, nbytes: int) -> np.ndarray:
         """Bytes from ``offset`` on, as an array of uint8 that must not be written to; fewer where the file ends."""
 
+    def view(self, offset: int, nbytes: int) -> Optional[np.ndarray]:
+        """What `read` gives, where that costs no memory; else None."""
+
+    def read_into(self, offset: int, out: np.ndarray) -> None:
+        """Fills a contiguous array of uint8 with the bytes from ``offset`` on.
+
+        Raises:
+            CorruptCheckpointError: The file ends before.
+        """
+
     def check_unchanged(self) -> None:
         """Raises SourceChangedError if the file was written to since it was opened, or is gone."""
 
@@ -49,7 +66,7 @@ class Reader(Protocol):
 
 
 class LocalReader:
-    """A local file, of which only what is asked for is read.
+    """A file of the file system, of which only what is asked for is read.
 
     Args:
         path: The file.
@@ -72,6 +89,22 @@ class LocalReader:
         """Bytes from an offset on, see `Reader`."""
         try:
             return np.frombuffer(os.pread(self._fd, nbytes, offset), np.uint8)
+        except OSError as e:
+            raise self._unreadable(e) from e
+
+    def view(self, offset: int, nbytes: int) -> Optional[np.ndarray]:
+        """Nothing: what is read takes memory, see `Reader`."""
+        return None
+
+    def read_into(self, offset: int, out: np.ndarray) -> None:
+        """Fills an array with the bytes from an offset on, see `Reader`."""
+        rest = out.reshape(-1).data
+        try:
+            while rest:
+                nbytes = os.preadv(self._fd, [rest[:_PREAD_BYTES]], offset)
+                if not nbytes:
+                    raise CorruptCheckpointError(f"{self.path} became shorter while it was read; copy or save it again")
+                rest, offset = rest[nbytes:], offset + nbytes
         except OSError as e:
             raise self._unreadable(e) from e
 
@@ -99,7 +132,25 @@ class LocalReader:
         )
 
 
-class MappedFile(LocalReader):
+class PositionedFile(LocalReader):
+    """A file as it was when its head was read, read in large pieces: what network file systems are good at.
+
+    Args:
+        file: The file.
+
+    Raises:
+        CheckpointError: It cannot be read (any method).
+        SourceChangedError: It was written to since its head was read.
+    """
+
+    def __init__(self, file: SourceFile) -> None:
+        super().__init__(file.path)
+        if (self.size, self.version) != (file.size, file.mtime_ns):
+            self.close()
+            raise self._changed()
+
+
+class MappedFile(PositionedFile):
     """A local file as it was when its head was read, mapped: its pages are page cache, which can be reclaimed at any time.
 
     What is read is a view of the mapping; nothing is copied.
@@ -113,11 +164,9 @@ class MappedFile(LocalReader):
     """
 
     def __init__(self, file: SourceFile) -> None:
-        super().__init__(file.path)
+        # a mapped file that has become shorter would end the process with SIGBUS: its state is compared first
+        super().__init__(file)
         try:
-            # a mapped file that has become shorter would end the process with SIGBUS
-            if (self.size, self.version) != (file.size, file.mtime_ns):
-                raise self._changed()
             whole = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) if file.contents is None else file.contents
             self._bytes = np.frombuffer(whole, np.uint8)
         except (OSError, ValueError) as e:  # ValueError: there is nothing to map in an empty file
@@ -129,10 +178,35 @@ class MappedFile(LocalReader):
         """Bytes from an offset on, see `Reader`."""
         return self._bytes[offset : offset + nbytes]
 
+    def view(self, offset: int, nbytes: int) -> Optional[np.ndarray]:
+        """Bytes from an offset on, see `Reader`."""
+        return self.read(offset, nbytes)
+
+    def read_into(self, offset: int, out: np.ndarray) -> None:
+        """Fills an array with the bytes from an offset on, see `Reader`."""
+        out.reshape(-1)[:] = self._bytes[offset : offset + out.size]
+
     def close(self) -> None:
         """Lets the mapping go, once nothing refers to it."""
         super().close()
         self._bytes = np.empty(0, np.uint8)
+
+
+def open_reader(file: SourceFile) -> Reader:
+    """Opens a source file: mapped, or read in large pieces where it lies on a network file system."""
+    return PositionedFile(file) if file.contents is None and _is_remote(file.path) else MappedFile(file)
+
+
+def _is_remote(path: str, mounts: str = "/proc/self/mountinfo") -> bool:
+    """Whether a file lies on a network file system; where the system does not tell, it does not."""
+    try:
+        device = os.stat(path).st_dev
+        with open(mounts, encoding="utf-8", errors="surrogateescape") as f:
+            number = f" {os.major(device)}:{os.minor(device)} "
+            mount = next((line for line in f if number in line), "")
+    except OSError:
+        return False
+    return bool(_REMOTE.fullmatch(mount.partition(" - ")[2].partition(" ")[0]))
 
 
 def digest_extents(path: Union[str, Path], extents: Sequence[Extent]) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from auto_trans.core.tensor import SourceFile
-from auto_trans.errors import AutoTransError, CheckpointError, CorruptCheckpointError
+from auto_trans.errors import AutoTransError, CheckpointError, CorruptCheckpointError, SourceChangedError
 from auto_trans.storage.checkpoint import Checkpoint
 from auto_trans.storage.checkpoint2.common import common_head, read_common
 from auto_trans.storage.formats import scan
@@ -18,10 +18,22 @@ from auto_trans.storage.formats.head import FileHead, StoredTensor
 from auto_trans.storage.names import COMMON_NAME
 from auto_trans.storage.sharded import check_against_index
 
-__all__ = ["ScannedFiles", "read_errors"]
+__all__ = ["FileState", "ScannedFiles", "read_errors"]
 
 # metadata.json tells of all parameters of the graph; MindFormers leaves these out of the files
 _NEVER_SAVED = "accu_grads"
+
+
+class FileState(NamedTuple):
+    """How a file was when it was looked at.
+
+    Attributes:
+        size: Its bytes.
+        mtime_ns: Its modification time.
+    """
+
+    size: int
+    mtime_ns: int
 
 
 class ScannedFiles:
@@ -32,10 +44,11 @@ class ScannedFiles:
 
     Args:
         checkpoint: The files.
+        states: How the files were when they were chosen, by path; by default as they are now.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, states: Optional[Mapping[Path, FileState]] = None) -> None:
+        self.checkpoint, self._states = checkpoint, states or {}
         self.ranks: Sequence[int] = tuple(checkpoint.files)
         self._heads: dict[int, list[FileHead]] = {}
         self._tensors: dict[int, Mapping[str, StoredTensor]] = {}
@@ -78,6 +91,12 @@ class ScannedFiles:
             self._files[key] = SourceFile(str(head.path), head.size, head.mtime_ns, rank, head.contents)
         return self._files[key]
 
+    def states(self) -> dict[Path, FileState]:
+        """How the files are; reads the heads of all."""
+        for rank in self.ranks:
+            self.heads(rank)
+        return {path: FileState(head.size, head.mtime_ns) for path, head in self._scanned.items()}
+
     def describe(self, rank: int) -> str:
         """The files of a rank, for messages."""
         files = self.checkpoint.files[rank]
@@ -94,7 +113,13 @@ class ScannedFiles:
 
     def _scan(self, file: Path) -> FileHead:
         if file not in self._scanned:
-            self._scanned[file] = scan(file)
+            head = scan(file)
+            now = FileState(head.size, head.mtime_ns)
+            if self._states.get(file, now) != now:
+                raise SourceChangedError(
+                    f"{file} was written to since it was chosen to be loaded; start again once the weights are saved"
+                )
+            self._scanned[file] = head
         return self._scanned[file]
 
     def _of_iteration(self, rank: int, heads: Sequence[FileHead]) -> list[FileHead]:

@@ -59,6 +59,9 @@ FITTING = {
         "def get_merged_dst_strategy_path(config, strategy_path): pass\n"
         "def _get_src_file_suffix(config): pass\n"
         "def validate_qkv_concat(model_cls_or_instance, qkv_concat_config, load_checkpoint): pass\n"
+        "def _get_origin_network(network): pass\n"
+        "def is_hf_safetensors_dir(safetensors_dir, model_cls_or_instance): pass\n"
+        "def update_global_step(config, hyper_param_dict): pass\n"
     ),
     "models/__init__.py": "from . import modeling_utils\n",
     "models/modeling_utils.py": (
@@ -71,6 +74,7 @@ FITTING = {
         "from ..tools.ckpt_transform import TransformCkpt\n"
         "from ..utils.load_checkpoint_utils import load_checkpoint_with_safetensors\n"
         "def transform_and_load_checkpoint(config, model, network, dataset, optimizer=None, do_eval=False): pass\n"
+        "def get_load_checkpoint_result(config): pass\n"
     ),
     "trainer/trainer.py": (
         "from mindformers.utils import clear_auto_trans_output\nfrom . import base_trainer\n"

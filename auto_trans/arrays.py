@@ -1,0 +1,188 @@
+"""The library calls that load: the slices of one rank as arrays of numpy. No MindSpore is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Optional, Union
+
+import numpy as np
+
+from auto_trans.core.rules import Allowed
+from auto_trans.errors import ConfigError, ConfigTypeError
+from auto_trans.loading import Loaded, Names, assemble, file_of_rank
+from auto_trans.planned import Planned
+from auto_trans.request import as_path
+from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy, find_sources
+
+__all__ = ["choose_names", "load", "load_each", "load_slices"]
+
+_NUMPY: dict[str, Any] = {
+    "Bool": np.bool_, "Int8": np.int8, "UInt8": np.uint8, "Int16": np.int16, "UInt16": np.uint16, "Int32": np.int32,
+    "UInt32": np.uint32, "Int64": np.int64, "UInt64": np.uint64, "Float16": np.float16, "Float32": np.float32,
+    "Float64": np.float64, "Complex64": np.complex64, "Complex128": np.complex128,
+}  # fmt: skip
+
+
+def load(
+    src: PathLike,
+    rank: int = 0,
+    src_strategy: StrategyLike = None,
+    dst_strategy: StrategyLike = None,
+    *,
+    names: Optional[Iterable[str]] = None,
+    only_prefix: Union[str, Sequence[str]] = (),
+    skip_prefix: Union[str, Sequence[str]] = (),
+    step: Optional[str] = None,
+    allow_extra: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    bfloat16: Any = None,
+) -> dict[str, np.ndarray]:
+    """Loads the slices that one rank has under another parallel strategy, without writing anything.
+
+    Only the bytes that the rank needs are read, each once; memory is that of the arrays and a few MiB.
+
+    Args:
+        src: The checkpoint, as `auto_trans.convert` takes it.
+        rank: The rank of the target.
+        src_strategy: Strategy file, merged file or folder of the source; None if it is complete, or a Checkpoint 2.0.
+        dst_strategy: The same of the target; None for the whole of every parameter.
+        names: The parameters to load; all by default.
+        only_prefix: Load only parameters whose names begin with this, or with one of these.
+        skip_prefix: Leave out parameters whose names begin with this, or with one of these.
+        step: The step to take from the rank folders, as ``{epoch}_{step}``; the latest by default.
+        allow_extra: Patterns (``*`` and ``?``) of parameters that every rank may hold whole although no strategy lists them.
+        allow_missing: Patterns of weights that the target lists and the source may lack.
+        bfloat16: The type of numpy for BFloat16, which numpy itself lacks: by default that of the package ml_dtypes;
+            ``numpy.uint16`` gives the bits.
+
+    Returns:
+        Parameter -> its slice, in file order. Strings are arrays of no dimensions, packed integers their bytes.
+
+    Raises:
+        AutoTransError: Anything that is wrong with the input, see `auto_trans.errors`.
+
+    Example:
+        >>> weights = auto_trans.load("output/checkpoint", 3, "output/strategy", "new/strategy")  # doctest: +SKIP
+        >>> weights["model.norm_out.weight"].shape  # doctest: +SKIP
+        (4096,)
+    """
+    return dict(
+        load_each(
+            src, rank, src_strategy, dst_strategy, names=names, only_prefix=only_prefix, skip_prefix=skip_prefix,
+            step=step, allow_extra=allow_extra, allow_missing=allow_missing, bfloat16=bfloat16,
+        )
+    )  # fmt: skip
+
+
+def load_each(
+    src: PathLike,
+    rank: int = 0,
+    src_strategy: StrategyLike = None,
+    dst_strategy: StrategyLike = None,
+    *,
+    names: Optional[Iterable[str]] = None,
+    only_prefix: Union[str, Sequence[str]] = (),
+    skip_prefix: Union[str, Sequence[str]] = (),
+    step: Optional[str] = None,
+    allow_extra: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    bfloat16: Any = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Loads like `load`, one parameter after the other: who lets each go needs the memory of one.
+
+    All that can be checked without reading the contents is checked before this returns. That no file was written to
+    meanwhile is known only in the end: use nothing of it before.
+
+    Yields:
+        Parameter and slice, in file order.
+
+    Raises:
+        AutoTransError: Anything that is wrong with the input, see `auto_trans.errors`.
+    """
+    chosen = choose_names(names, only_prefix, skip_prefix)
+    allowed = Allowed.of(allow_extra, allow_missing)
+    slices = load_slices(src, rank, src_strategy, dst_strategy, chosen, step=step, allowed=allowed)
+    return ((one.name, as_array(one, bfloat16)) for one in slices)
+
+
+def load_slices(
+    src: PathLike,
+    rank: int,
+    src_strategy: StrategyLike,
+    dst_strategy: StrategyLike,
+    names: Names,
+    *,
+    step: Optional[str],
+    allowed: Allowed,
+) -> Iterator[Loaded]:
+    """Finds, plans and checks; the slices are read as they are asked for. See `load` for the arguments.
+
+    Raises:
+        AutoTransError: Anything that is wrong with the input, see `auto_trans.errors`.
+    """
+    if type(rank) is not int:
+        raise ConfigTypeError(f"rank must be a whole number, not {rank!r}")
+    from_strategy, to_strategy = as_strategy(src_strategy), as_strategy(dst_strategy)
+    found = find_sources(as_path("«src»", src), from_strategy, step=step)
+    if len(found) > 1:
+        held = ", ".join(one.path.name for one in found[:3])
+        raise ConfigError(
+            f"source {src} holds {len(found)} complete checkpoints ({held}, ...); give one of the files («src»)"
+        )
+    planned = Planned(found[0], from_strategy, to_strategy, [rank], allowed=allowed)
+    tensors = names.choose(file_of_rank(planned, rank).tensors)
+    planned.check_carried()
+    planned.log()
+    return assemble(tensors)
+
+
+def choose_names(
+    names: Optional[Iterable[str]], only_prefix: Union[str, Sequence[str]], skip_prefix: Union[str, Sequence[str]]
+) -> Names:
+    """The choice of parameters that a caller gives.
+
+    Raises:
+        ConfigTypeError: It is none.
+    """
+    if isinstance(names, str) or not (names is None or isinstance(names, Iterable)):
+        raise ConfigTypeError(f"«names» must be several names of parameters, not {names!r}")
+    only, skip = (
+        (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
+        for given in (only_prefix, skip_prefix)
+    )
+    chosen = None if names is None else frozenset(names)
+    for what, given in (("names", chosen or ()), ("only_prefix", only), ("skip_prefix", skip)):
+        if not all(isinstance(one, str) and one for one in given):
+            raise ConfigTypeError(f"«{what}» must be names of parameters, or their beginnings, not {given!r}")
+    return Names(chosen, only, skip)
+
+
+def as_array(loaded: Loaded, bfloat16: Any = None) -> np.ndarray:
+    """A slice as an array of numpy, which holds the same bytes.
+
+    Args:
+        loaded: The slice.
+        bfloat16: The type for BFloat16, see `load`.
+
+    Raises:
+        ConfigError: It is BFloat16, for which there is no type.
+    """
+    data, dtype = loaded.data, loaded.dtype
+    if dtype == "BFloat16":
+        return data.view(_bfloat16(loaded.name) if bfloat16 is None else bfloat16).reshape(loaded.shape)
+    if dtype in _NUMPY:
+        return data.view(_NUMPY[dtype]).reshape(loaded.shape)
+    if dtype == "str":
+        return np.array(data.tobytes().decode("utf-32-le"))
+    return data
+
+
+def _bfloat16(name: str) -> Any:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise ConfigError(
+            f"parameter {name} is of type BFloat16, which numpy lacks; install ml_dtypes, or give bfloat16=numpy.uint16 for "
+            f"the bits"
+        ) from None
+    return ml_dtypes.bfloat16

@@ -1,0 +1,211 @@
+"""One load by all ranks of a session: each assembles its own slices in memory, straight from the old checkpoint.
+
+Rank 0 leads. It reads the strategies, chooses the files, checks all that can be wrong on behalf of all ranks, and posts what
+it has read and chosen: the others look at nothing but the files that they need. All return together, for a rank that trains
+on while another has failed would wait for it in vain.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from auto_trans.coordination.barrier import Heartbeat
+from auto_trans.coordination.election import LEADER
+from auto_trans.coordination.session import Session
+from auto_trans.core.consistency import Network
+from auto_trans.core.edits import Edit, Rename
+from auto_trans.core.plan import TensorPlan
+from auto_trans.core.rules import NOTHING, Allowed
+from auto_trans.core.strategy import Strategy, describe_difference, same_slices
+from auto_trans.loading import Loaded, LoadReport, assemble, file_of_rank
+from auto_trans.log import logger
+from auto_trans.planned import Planned
+from auto_trans.progress import Meter
+from auto_trans.sizes import format_bytes
+from auto_trans.storage.capacity import check_slices_fit
+from auto_trans.storage.files import write_json
+from auto_trans.storage.scanned import FileState
+from auto_trans.storage.sources import Checkpoint, find_sources
+from auto_trans.together import merge_stages
+
+__all__ = ["SharedLoad", "load_together"]
+
+
+@dataclass(frozen=True)
+class SharedLoad:
+    """What the ranks of a session load together.
+
+    Attributes:
+        src: The source, as `auto_trans.convert` takes it.
+        read_source: Reads the strategy of the source.
+        strategy_dir: Where the job saves the strategy that it compiled.
+        read_target: Reads the strategy that the job compiled, of all stages.
+        report: Where rank 0 writes what was done.
+        allowed: What is allowed although it looks wrong.
+        resume_file: Name of the file to take from the rank folders, where ``resume_training`` picked it.
+        network: The network of this rank, where there is one.
+        read_names: Tells by which names a checkpoint holds the network's parameters, where they are not the network's own.
+    """
+
+    src: Path
+    read_source: Callable[[], Strategy]
+    strategy_dir: Path
+    read_target: Callable[[], Strategy]
+    report: Path
+    allowed: Allowed = NOTHING
+    resume_file: Optional[str] = None
+    network: Optional[Network] = None
+    read_names: Callable[[Checkpoint], Mapping[str, str]] = lambda checkpoint: {}
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """A checkpoint that rank 0 has chosen, and all that it has read of it on behalf of the others."""
+
+    checkpoint: Checkpoint
+    from_strategy: Strategy
+    to_strategy: Strategy
+    edits: tuple[Edit, ...]
+    states: Mapping[Path, FileState]
+
+    def planned(self, ranks: Sequence[int], allowed: Allowed) -> Planned:
+        return Planned(
+            self.checkpoint, self.from_strategy, self.to_strategy, ranks, edits=self.edits, allowed=allowed,
+            states=self.states,
+        )  # fmt: skip
+
+
+def load_together(session: Session, shared: SharedLoad) -> list[Loaded]:
+    """Loads the slices of this rank; all ranks of the session call this.
+
+    Returns:
+        The slices. Of several complete checkpoints the last that holds a parameter gives it.
+
+    Raises:
+        AutoTransError: The load failed here or on another rank.
+    """
+    begin = time.monotonic()
+    with session.heartbeat() as heartbeat:
+        if session.is_leader:
+            chosen = _lead(session, shared)
+        else:
+            with heartbeat.idle():
+                posted = session.await_posts({"prepared": LEADER}, "prepare the load")["prepared"]
+            chosen = _from_json(posted)
+        loaded, report = _load(session, shared, chosen, heartbeat)
+        session.post(f"loaded_rank_{session.rank}", {"rank": session.rank, **_as_json(report)})
+        with heartbeat.idle():
+            if session.is_leader:
+                owed = {f"loaded_rank_{rank}": rank for rank in range(session.world_size)}
+                reports = session.await_posts(owed, "load")
+                _tell(shared, list(reports.values()), time.monotonic() - begin)
+                session.post("complete", {})
+            else:
+                session.await_posts({"complete": LEADER}, "see all ranks load")
+    return loaded
+
+
+def _lead(session: Session, shared: SharedLoad) -> list[_Chosen]:
+    """Chooses, checks on behalf of all ranks, and tells them."""
+    source, target = shared.read_source(), shared.read_target()
+    merge_stages(target, shared.strategy_dir)
+    first_ranks = range(0, target.world_size, target.stage_devices)
+    found = []
+    for checkpoint in find_sources(shared.src, source, shared.resume_file):
+        names = shared.read_names(checkpoint)
+        edits = (Rename(tuple(names.items())),) if names else ()
+        chosen = _Chosen(checkpoint, checkpoint.strategy(source), target, edits, {})
+        planned = chosen.planned(first_ranks, shared.allowed)
+        planned.check_heads()
+        planned.check_whole()
+        planned.check_carried()
+        planned.log()
+        logger.info("%s", _reason(planned))
+        found.append(_Chosen(checkpoint, planned.from_strategy, target, edits, planned.heads.states()))
+    session.post("prepared", _to_json(found))
+    return found
+
+
+def _load(
+    session: Session, shared: SharedLoad, chosen: Sequence[_Chosen], heartbeat: Heartbeat
+) -> tuple[list[Loaded], LoadReport]:
+    """Assembles the slices of this rank."""
+    begin = time.monotonic()
+    tensors: dict[str, TensorPlan] = {}
+    for one in chosen:
+        planned = one.planned([session.rank], shared.allowed)
+        if shared.network is not None:
+            planned.check_network(shared.network)
+        tensors.update({tensor.name: tensor for tensor in file_of_rank(planned, session.rank).tensors})
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    check_slices_fit(nbytes)
+    meter = Meter(nbytes, f"rank {session.rank}: loading", listener=heartbeat.progress)
+    try:
+        loaded = list(assemble(list(tensors.values()), meter))
+    finally:
+        meter.close()
+    files = {copy.shard.file.path for tensor in tensors.values() for copy in tensor.copies}
+    report = LoadReport(len(loaded), nbytes, len(files), time.monotonic() - begin)
+    logger.info("rank %d: loaded %s from %s", session.rank, report, shared.src)
+    return loaded, report
+
+
+def _reason(planned: Planned) -> str:
+    path = planned.checkpoint.path
+    if same_slices(planned.from_strategy, planned.to_strategy):
+        return f"the weights in {path} match the strategy of this job: every rank loads them as they are"
+    difference = describe_difference(planned.from_strategy, planned.to_strategy)
+    return (
+        f"the weights in {path} do not match the strategy of this job ({difference}): every rank loads its own slices "
+        f"directly, and nothing is written"
+    )
+
+
+def _tell(shared: SharedLoad, ranks: Sequence[Mapping[str, Any]], seconds: float) -> None:
+    """Writes the report and logs it."""
+    nbytes = sum(rank["bytes"] for rank in ranks)
+    slowest = max(ranks, key=lambda rank: float(rank["seconds"]))
+    write_json(shared.report, {"source": str(shared.src), "load": "direct", "seconds": seconds, "ranks": list(ranks)})
+    logger.info(
+        "%d ranks loaded %s from %s in %.1f s; the slowest, rank %d, took %.1f s", len(ranks), format_bytes(nbytes),
+        shared.src, seconds, slowest["rank"], slowest["seconds"],
+    )  # fmt: skip
+
+
+def _as_json(report: LoadReport) -> dict[str, Any]:
+    return {
+        "parameters": report.parameters, "bytes": report.nbytes, "files": report.files, "seconds": report.seconds,
+    }  # fmt: skip
+
+
+def _to_json(chosen: Sequence[_Chosen]) -> dict[str, Any]:
+    return {
+        "to_strategy": chosen[0].to_strategy.as_json(),
+        "checkpoints": [
+            {
+                **one.checkpoint.as_json(),
+                "from_strategy": one.from_strategy.as_json(),
+                "names": [pair for edit in one.edits if isinstance(edit, Rename) for pair in edit.names],
+                "states": {str(path): state for path, state in one.states.items()},
+            }
+            for one in chosen
+        ],
+    }
+
+
+def _from_json(content: Mapping[str, Any]) -> list[_Chosen]:
+    target = Strategy.from_json(content["to_strategy"])
+    return [
+        _Chosen(
+            Checkpoint.from_json(one),
+            Strategy.from_json(one["from_strategy"]),
+            target,
+            (Rename(tuple((name, old) for name, old in one["names"])),) if one["names"] else (),
+            {Path(path): FileState(*state) for path, state in one["states"].items()},
+        )
+        for one in content["checkpoints"]
+    ]
