@@ -12,7 +12,7 @@ from auto_trans.errors import ConfigError, ConfigTypeError
 from auto_trans.loading import Loaded, Names, assemble, file_of_rank
 from auto_trans.planned import Planned
 from auto_trans.request import as_path
-from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy, find_sources
+from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy, find_source
 
 __all__ = ["choose_names", "load", "load_each", "load_slices"]
 
@@ -123,13 +123,8 @@ def load_slices(
     if type(rank) is not int:
         raise ConfigTypeError(f"rank must be a whole number, not {rank!r}")
     from_strategy, to_strategy = as_strategy(src_strategy), as_strategy(dst_strategy)
-    found = find_sources(as_path("«src»", src), from_strategy, step=step)
-    if len(found) > 1:
-        held = ", ".join(one.path.name for one in found[:3])
-        raise ConfigError(
-            f"source {src} holds {len(found)} complete checkpoints ({held}, ...); give one of the files («src»)"
-        )
-    planned = Planned(found[0], from_strategy, to_strategy, [rank], allowed=allowed)
+    checkpoint = find_source(as_path("«src»", src), from_strategy, step=step)
+    planned = Planned(checkpoint, from_strategy, to_strategy, [rank], allowed=allowed)
     tensors = names.choose(file_of_rank(planned, rank).tensors)
     planned.check_carried()
     planned.log()
@@ -145,7 +140,7 @@ def choose_names(
         ConfigTypeError: It is none.
     """
     if isinstance(names, str) or not (names is None or isinstance(names, Iterable)):
-        raise ConfigTypeError(f"«names» must be several names of parameters, not {names!r}")
+        raise ConfigTypeError(f"names must be several names of parameters, not {names!r}")
     only, skip = (
         (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
         for given in (only_prefix, skip_prefix)
@@ -153,7 +148,7 @@ def choose_names(
     chosen = None if names is None else frozenset(names)
     for what, given in (("names", chosen or ()), ("only_prefix", only), ("skip_prefix", skip)):
         if not all(isinstance(one, str) and one for one in given):
-            raise ConfigTypeError(f"«{what}» must be names of parameters, or their beginnings, not {given!r}")
+            raise ConfigTypeError(f"{what} must be names of parameters, or their beginnings, not {given!r}")
     return Names(chosen, only, skip)
 
 

@@ -33,7 +33,7 @@ from auto_trans.storage.checkpoint2.common import common_of
 from auto_trans.storage.checkpoint2.target import Iteration
 from auto_trans.storage.formats import FORMATS
 from auto_trans.storage.manifest import FileRecord
-from auto_trans.storage.sources import find_sources
+from auto_trans.storage.sources import find_source, find_sources
 from auto_trans.storage.targets import RankFolders, SafetensorsSet, Target
 
 __all__ = ["Conversion", "check_source", "plan_conversion", "plan_conversions"]
@@ -254,13 +254,10 @@ def plan_conversion(request: Request) -> Conversion:
     Raises:
         ConfigError: The source is a folder of several complete checkpoints.
     """
-    found = find_sources(request.src, request.from_strategy, request.resume_file, request.step, request.file_suffix)
-    if len(found) > 1:
-        names = ", ".join(one.path.name for one in found[:3])
-        raise ConfigError(
-            f"source {request.src} holds {len(found)} complete checkpoints ({names}, ...); give one of the files («src»)"
-        )
-    return Conversion(request, found[0])
+    return Conversion(
+        request,
+        find_source(request.src, request.from_strategy, request.resume_file, request.step, request.file_suffix),
+    )
 
 
 def _target(request: Request, checkpoint: Checkpoint, plan: Plan) -> Target:

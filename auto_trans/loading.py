@@ -70,12 +70,12 @@ class Names:
         missing = sorted((self.names or frozenset()) - held.keys())
         if missing:
             raise PlanError(
-                f"parameter {some(missing)} is asked for («names»), but the rank has none of that name; it has {some(held)}"
+                f"parameter {some(missing)} is asked for (names), but the rank has none of that name; it has {some(held)}"
             )
         chosen = [tensor for name, tensor in held.items() if self._takes(name)]
         if not chosen:
             raise PlanError(
-                f"no parameter is left to load: the rank has {some(held)}; change «names», «only_prefix» or «skip_prefix»"
+                f"no parameter is left to load: the rank has {some(held)}; change names, only_prefix or skip_prefix"
             )
         return chosen
 

@@ -24,13 +24,19 @@ from auto_trans.storage.sources import as_strategy
 class MemoryFile:
     """A source file in memory."""
 
-    def __init__(self, content):
-        self._bytes = np.frombuffer(content, np.uint8)
+    def __init__(self, content, mapped=True):
+        self._bytes, self._mapped = np.frombuffer(content, np.uint8), mapped
 
     def read(self, offset, nbytes):
         part = self._bytes[offset : offset + nbytes]
         assert offset >= 0 and part.nbytes == nbytes, "read beyond the file"
         return part
+
+    def view(self, offset, nbytes):
+        return self.read(offset, nbytes) if self._mapped else None
+
+    def read_into(self, offset, out):
+        out.reshape(-1)[:] = self.read(offset, out.nbytes)
 
     def check_unchanged(self):
         pass
@@ -39,9 +45,9 @@ class MemoryFile:
         pass
 
 
-def gatherer(buffer_bytes, files):
+def gatherer(buffer_bytes, files, mapped=True):
     """A gatherer of files in memory: name -> contents."""
-    return Gatherer(buffer_bytes, lambda file: MemoryFile(files[file.path]))
+    return Gatherer(buffer_bytes, lambda file: MemoryFile(files[file.path], mapped))
 
 
 @st.composite

@@ -70,7 +70,7 @@ def test_devices_of_a_node_are_those_of_the_launcher_unless_they_are_set():
         (
             {"auto_trans": {"memory": "1MiB"}},
             ConfigError,
-            "no setting memory; it has engine, memory_limit, join_timeout",
+            "no setting memory; it has engine, load, loader, memory_limit",
         ),
         ({"auto_trans": {"engine": "magic"}}, ConfigError, "one of native, mindspore"),
         ({"auto_trans": {"memory_limit": "1023KiB"}}, ConfigError, "at least 1MiB"),

@@ -29,6 +29,8 @@ FLAGS = {
     "scaling": "--scaling",
     "max_shard_size": "--max-shard-size",
     "against": "--against",
+    "load": "auto_trans: {load: ...}",  # of a job, for doctor
+    "loader": "auto_trans: {loader: ...}",
 }
 
 

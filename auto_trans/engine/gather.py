@@ -177,7 +177,8 @@ class _Rows:
         found = self._reader.view(offset, rows * row)
         if found is None:
             found = self._buffer[: min(rows, self._buffer.nbytes // row) * row]
-            self._reader.read_into(offset, found)
+            if found.size:
+                self._reader.read_into(offset, found)
         return found.reshape((-1, row))
 
     def _chunk(self, begin: int) -> Extent:

@@ -103,7 +103,7 @@ class LocalReader:
             while rest:
                 nbytes = os.preadv(self._fd, [rest[:_PREAD_BYTES]], offset)
                 if not nbytes:
-                    raise CorruptCheckpointError(f"{self.path} became shorter while it was read; copy or save it again")
+                    raise self._short()
                 rest, offset = rest[nbytes:], offset + nbytes
         except OSError as e:
             raise self._unreadable(e) from e
@@ -125,6 +125,9 @@ class LocalReader:
 
     def _unreadable(self, error: OSError) -> CheckpointError:
         return CheckpointError(f"checkpoint {self.path} cannot be read: {error}")
+
+    def _short(self) -> CorruptCheckpointError:
+        return CorruptCheckpointError(f"{self.path} became shorter while it was read; copy or save it again")
 
     def _changed(self) -> SourceChangedError:
         return SourceChangedError(
@@ -184,7 +187,10 @@ class MappedFile(PositionedFile):
 
     def read_into(self, offset: int, out: np.ndarray) -> None:
         """Fills an array with the bytes from an offset on, see `Reader`."""
-        out.reshape(-1)[:] = self._bytes[offset : offset + out.size]
+        part = self._bytes[offset : offset + out.size]
+        if part.size != out.size:
+            raise self._short()
+        out.reshape(-1)[:] = part
 
     def close(self) -> None:
         """Lets the mapping go, once nothing refers to it."""

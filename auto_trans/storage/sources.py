@@ -20,7 +20,16 @@ from auto_trans.storage.siblings import check_not_a_slice
 from auto_trans.storage.steps import check_names, choose_latest, choose_resumed, choose_step, choose_suffix
 from auto_trans.storage.strategies import read_strategy
 
-__all__ = ["Checkpoint", "PathLike", "ScannedFiles", "StrategyLike", "as_strategy", "find_checkpoints", "find_sources"]
+__all__ = [
+    "Checkpoint",
+    "PathLike",
+    "ScannedFiles",
+    "StrategyLike",
+    "as_strategy",
+    "find_checkpoints",
+    "find_source",
+    "find_sources",
+]
 
 PathLike = Union[str, "os.PathLike[str]"]
 StrategyLike = Union[str, "os.PathLike[str]", Strategy, None]
@@ -69,6 +78,27 @@ def find_sources(
             with read_errors(checkpoint.path):
                 check_not_a_slice(checkpoint.all_files[0])
     return found
+
+
+def find_source(
+    src: PathLike,
+    strategy: Strategy,
+    resume_file: Optional[str] = None,
+    step: Optional[str] = None,
+    suffix: Optional[str] = None,
+) -> Checkpoint:
+    """Finds the one source checkpoint, see `find_sources`.
+
+    Raises:
+        ConfigError: There are several, too.
+    """
+    found = find_sources(src, strategy, resume_file, step, suffix)
+    if len(found) > 1:
+        names = ", ".join(one.path.name for one in found[:3])
+        raise ConfigError(
+            f"source {src} holds {len(found)} complete checkpoints ({names}, ...); give one of the files («src»)"
+        )
+    return found[0]
 
 
 def find_checkpoints(

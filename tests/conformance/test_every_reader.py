@@ -11,7 +11,7 @@ import pytest
 
 from auto_trans.core.tensor import SourceFile
 from auto_trans.errors import CheckpointError, CorruptCheckpointError, SourceChangedError
-from auto_trans.storage.readers import LocalReader, MappedFile, digest_extents
+from auto_trans.storage.readers import LocalReader, MappedFile, PositionedFile, _is_remote, digest_extents, open_reader
 
 CONTENT = bytes(range(256)) * 40
 
@@ -49,6 +49,20 @@ class ReaderTests(ABC):
         assert reader.read(len(CONTENT) - 3, 10).tobytes() == CONTENT[-3:]
         assert reader.read(len(CONTENT), 10).nbytes == 0
         assert reader.read(len(CONTENT) + 5, 10).nbytes == 0
+
+    @pytest.mark.parametrize("begin, end", [(0, 0), (5, 300), (0, len(CONTENT))])
+    def test_array_is_filled(self, reader, begin, end):
+        out = np.zeros((1, end - begin), np.uint8)
+        reader.read_into(begin, out)
+        assert out.tobytes() == CONTENT[begin:end]
+
+    def test_array_that_is_longer_than_the_file_is_not_filled_in_part(self, reader):
+        with pytest.raises(CorruptCheckpointError, match=r"x\.ckpt became shorter"):
+            reader.read_into(len(CONTENT) - 3, np.zeros(10, np.uint8))
+
+    def test_view_is_what_is_read_or_nothing(self, reader):
+        view = reader.view(5, 300)
+        assert view is None or (view.tobytes() == CONTENT[5:305] and np.shares_memory(view, reader.view(0, 6)))
 
     def test_what_was_read_cannot_be_written_to(self, reader):
         with pytest.raises(ValueError, match="read-only"):
@@ -130,16 +144,34 @@ class TestLocalReader(ReaderTests):
             assert (reader.size, reader.read(0, 8).nbytes) == (0, 0)
 
 
-class TestMappedFile(ReaderTests):
+class OpenedSourceTests(ReaderTests):
+    kind: type[PositionedFile]
+
     def open(self, path):
         stat = path.stat() if path.exists() else os.stat_result(range(10))
-        return MappedFile(SourceFile(str(path), stat.st_size, stat.st_mtime_ns))
+        return self.kind(SourceFile(str(path), stat.st_size, stat.st_mtime_ns))
 
     @pytest.mark.parametrize("size, mtime", [(1, 0), (-1, 0), (0, 1), (0, -1)])
     def test_change_before_it_was_opened_is_noticed(self, path, size, mtime):
-        stat = path.stat()
+        stat, before = path.stat(), len(os.listdir("/proc/self/fd"))
         with pytest.raises(SourceChangedError, match=r"x\.ckpt was written to"):
-            MappedFile(SourceFile(str(path), stat.st_size + size, stat.st_mtime_ns + mtime))
+            self.kind(SourceFile(str(path), stat.st_size + size, stat.st_mtime_ns + mtime))
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+class TestPositionedFile(OpenedSourceTests):
+    kind = PositionedFile
+
+    def test_large_array_is_filled_by_several_calls(self, path, monkeypatch):
+        monkeypatch.setattr("auto_trans.storage.readers._PREAD_BYTES", 1000)
+        out = np.zeros(len(CONTENT) - 7, np.uint8)
+        with contextlib.closing(self.open(path)) as reader:
+            reader.read_into(7, out)
+        assert out.tobytes() == CONTENT[7:]
+
+
+class TestMappedFile(OpenedSourceTests):
+    kind = MappedFile
 
     def test_nothing_is_copied(self, reader):
         whole = reader.read(0, len(CONTENT))
@@ -161,3 +193,29 @@ def test_digest_is_that_of_the_extents(tmp_path):
         digest_extents(path, [(len(CONTENT) - 5, 6)])
     with pytest.raises(CheckpointError, match=r"nowhere cannot be read"):
         digest_extents(tmp_path / "nowhere", [(0, 1)])
+
+
+@pytest.mark.parametrize(
+    "kind, remote",
+    [("nfs4", True), ("nfs", True), ("fuse.sshfs", True), ("lustre", True), ("smb3", True), ("ext4", False),
+     ("overlay", False), ("tmpfs", False), ("fusectl", False)],
+)  # fmt: skip
+def test_network_file_systems_are_known_by_their_type(tmp_path, kind, remote):
+    device = tmp_path.stat().st_dev
+    mount = f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw,noatime shared:1 - {kind} server:/x rw\n"
+    (tmp_path / "mounts").write_text(f"25 1 250:99 / /other rw - nfs4 server:/y rw\n{mount}")
+    assert _is_remote(str(tmp_path), str(tmp_path / "mounts")) is remote
+
+
+def test_system_that_does_not_tell_its_mounts_has_local_files(tmp_path):
+    assert not _is_remote(str(tmp_path), str(tmp_path / "mounts"))
+
+
+def test_local_file_is_mapped_and_one_of_a_network_file_system_is_not(tmp_path, monkeypatch):
+    (tmp_path / "x.ckpt").write_bytes(CONTENT)
+    stat = (tmp_path / "x.ckpt").stat()
+    file = SourceFile(str(tmp_path / "x.ckpt"), stat.st_size, stat.st_mtime_ns)
+    for remote, kind in ((False, MappedFile), (True, PositionedFile)):
+        monkeypatch.setattr("auto_trans.storage.readers._is_remote", lambda path, remote=remote: remote)
+        with contextlib.closing(open_reader(file)) as reader:
+            assert type(reader) is kind

@@ -53,12 +53,12 @@ def gathered(draw):
     return TensorPlan(tensor, box, tuple(copies)), files, full[box.slices()], draw(st.integers(item, 64))
 
 
-@given(gathered())
+@given(gathered(), st.booleans())
 @settings(max_examples=300)
-def test_parts_are_the_box_in_row_major_order_and_fit_the_buffer(case):
+def test_parts_are_the_box_in_row_major_order_and_fit_the_buffer(case, mapped):
     plan, files, expected, buffer_bytes = case
     found, covered = b"", []
-    with gatherer(buffer_bytes, files) as it:
+    with gatherer(buffer_bytes, files, mapped) as it:
         for box, part in it.parts(plan):
             assert part.nbytes == box.volume * plan.tensor.item_bytes <= buffer_bytes
             assert bytes(part) == expected[box.slices()].tobytes()
@@ -66,6 +66,44 @@ def test_parts_are_the_box_in_row_major_order_and_fit_the_buffer(case):
             found += bytes(part)
         assert it.whole(plan) == expected.tobytes()
     assert found == expected.tobytes() and sum(covered) == math.prod(plan.box.size)
+
+
+@given(gathered(), st.booleans())
+@settings(max_examples=300)
+def test_tensor_is_filled_where_it_is_to_stay(case, mapped):
+    plan, files, expected, buffer_bytes = case
+    out = np.full(plan.nbytes, 0xEE, np.uint8)
+    with gatherer(buffer_bytes, files, mapped) as it:
+        it.fill(plan, out)
+    assert out.tobytes() == expected.tobytes()
+
+
+def test_nothing_is_filled_by_copies_that_leave_a_gap():
+    tensor = Tensor("w", "UInt8", (8, 8), 1)
+    shard = Shard(tensor, Box.whole((8, 8)), SourceFile("f", 0, 0), ((0, 64),))
+    plan = TensorPlan(tensor, Box.whole((8, 8)), (Copy(shard, (0, 0), Box.whole((7, 8))),))
+    out = np.full(64, 0xEE, np.uint8)
+    with gatherer(64, {"f": bytes(64)}) as it, pytest.raises(RuntimeError, match="the plan of w covers 56"):
+        it.fill(plan, out)
+    assert (out == 0xEE).all()
+
+
+def test_what_is_not_needed_of_long_rows_takes_no_memory():
+    """A row longer than the buffer is taken apart: only what is needed of it is read."""
+    content = np.random.default_rng(0).integers(0, 250, (4, 3, 40), np.uint8)
+    tensor, reads = Tensor("w", "UInt8", (4, 3, 40), 1), []
+    shard = Shard(tensor, Box.whole((4, 3, 40)), SourceFile("f", 0, 0), ((0, 480),))
+
+    class Counted(MemoryFile):
+        def read_into(self, offset, out):
+            reads.append(out.nbytes)
+            super().read_into(offset, out)
+
+    plan = TensorPlan(tensor, Box((0, 1, 0), (4, 1, 40)), (Copy(shard, (0, 1, 0), Box.whole((4, 1, 40))),))
+    out = np.empty(160, np.uint8)
+    with Gatherer(64, lambda file: Counted(content.tobytes(), mapped=False)) as it:
+        it.fill(plan, out)
+    assert out.tobytes() == content[:, 1].tobytes() and reads == [40] * 4
 
 
 def test_run_of_bytes_is_passed_on_without_a_copy():
@@ -86,8 +124,11 @@ def test_opaque_element_may_be_larger_than_the_buffer_and_lie_in_chunks(buffer_b
     file = content[:40] + b"\xff\xff" + content[40:]
     shard = Shard(tensor, Box.whole(()), SourceFile("f", 0, 0), ((0, 40), (42, 60)))
     plan = TensorPlan(tensor, Box.whole(()), (Copy(shard, (), Box.whole(())),))
+    out = np.empty(100, np.uint8)
     with gatherer(buffer_bytes, {"f": file}) as it:
         assert it.whole(plan) == content
+        it.fill(plan, out)
+    assert out.tobytes() == content
 
 
 def test_tensor_of_no_elements_has_no_parts():
