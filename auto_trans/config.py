@@ -33,6 +33,7 @@ from auto_trans.sizes import parse_bytes
 
 __all__ = [
     "DEFAULT_MEMORY",
+    "DEFAULT_NPU_NUM",
     "DEFAULT_TIMING",
     "ENGINES",
     "YAML_KEYS",
@@ -71,6 +72,7 @@ LOADS = ("files", "direct")
 _TIMEOUTS = ("join_timeout", "heartbeat_timeout", "stall_timeout")
 # the settings of the YAML mapping ``auto_trans:``
 _OWN = ("engine", "load", "loader", "memory_limit", *_TIMEOUTS, "allow_extra", "allow_missing", "unify")
+DEFAULT_NPU_NUM = 8
 DEFAULT_MEMORY = 64 * 1024 * 1024
 _LEAST_MEMORY = 1024 * 1024
 
@@ -128,7 +130,7 @@ class AutoTransConfig:
     src_strategy: Optional[str] = None
     transform_process_num: int = 1
     transform_by_rank: bool = False
-    npu_num_per_node: int = 8
+    npu_num_per_node: int = DEFAULT_NPU_NUM
     resume_file: Optional[str] = None
     engine: str = "native"
     memory_limit: int = DEFAULT_MEMORY
@@ -228,7 +230,7 @@ def parse_npu_num(value: Any) -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = 8 if value is None else int(value)
+        number = DEFAULT_NPU_NUM if value is None else int(value)
     except (TypeError, ValueError):
         raise ConfigTypeError(f"npu_num_per_node must be a power of 2, not {value!r}") from None
     if number < 1 or number & (number - 1):

@@ -7,17 +7,19 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Optional
 
+from auto_trans.advice import advise
+from auto_trans.config import DEFAULT_NPU_NUM
 from auto_trans.conversion import Conversion
-from auto_trans.coordination.election import elect
 from auto_trans.core.consistency import check_shapes
 from auto_trans.core.layout import Layout
 from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
-from auto_trans.core.work import process_nums, read_bytes, share_out
+from auto_trans.core.work import direct_reads, read_bytes
 from auto_trans.errors import AutoTransError, CorruptCheckpointError, LayoutError, PlanError
 from auto_trans.log import logger
 from auto_trans.storage.capacity import available_memory, free_disk
@@ -74,7 +76,11 @@ def read_path(path: Path) -> Strategy | list[Checkpoint]:
 
 
 def describe_plan(
-    conversion: Conversion, *, measure: bool = False, words: Optional[Mapping[str, str]] = None
+    conversion: Conversion,
+    *,
+    measure: bool = False,
+    words: Optional[Mapping[str, str]] = None,
+    node_devices: int = DEFAULT_NPU_NUM,
 ) -> dict[str, Any]:
     """What a conversion would do, and whether it could succeed.
 
@@ -82,6 +88,7 @@ def describe_plan(
         conversion: The planned conversion.
         measure: Estimate the time by a short copy, which writes 32 MiB beside the target and removes them.
         words: What the user calls settings, by the library's names; for the problem.
+        node_devices: Devices of a node of the job.
     """
     todo, plan, request, target = conversion.todo(), conversion.plan, conversion.request, conversion.target
     written = sum(target.size(file) for file in todo)
@@ -113,37 +120,13 @@ def describe_plan(
         "disk_free": free_disk(request.dst),
         "seconds": written / speed if speed else None,
         "transform_process_num": advise(conversion),
+        "direct": {"npu_num_per_node": node_devices, **asdict(direct_reads(plan, node_devices))},
         "carried": list(plan.carried),
         "absent": list(plan.absent),
         "dropped": list(plan.dropped),
         "warnings": list(plan.warnings),
         "problem": problem,
     }
-
-
-def advise(conversion: Conversion) -> list[dict[str, Any]]:
-    """What the converters of a job would read and write by ``transform_process_num``, of which one can be chosen.
-
-    Returns:
-        Per value the bytes that the busiest converter reads and writes, the bytes that all write, and how many of the
-        converters write at all. Empty if the plan is not that of a whole job.
-    """
-    plan, world_size = conversion.plan, conversion.request.to_strategy.world_size
-    if world_size == 1 or len(plan.ranks) < world_size:
-        return []
-    advice = []
-    for number in process_nums(world_size):
-        shares = share_out(plan, [assignment.slices for assignment in elect(world_size, number)])
-        advice.append(
-            {
-                "transform_process_num": number,
-                "busiest_reads": max(share.read for share in shares),
-                "busiest_writes": max(share.written for share in shares),
-                "all_write": sum(share.written for share in shares),
-                "writing": sum(share.written > 0 for share in shares),
-            }
-        )
-    return advice
 
 
 def describe_strategy(strategy: Strategy, weights: Optional[Checkpoint] = None, pattern: str = "*") -> dict[str, Any]:

@@ -91,6 +91,10 @@ def examine(
     if (load is not None and load.left) or (verdict is not None and not verdict.fits):
         found.append(Check("ok", "auto_trans will convert nothing"))
         assignments = ()
+    elif load is not None and load.is_direct:
+        who = "every rank" if ranks is None else plural(ranks, "rank")
+        found.append(Check("ok", f"{who} will load straight from the source, and nothing will be converted"))
+        assignments = ()
     elif ranks is not None:
         found.append(Check("ok", f"{len(assignments)} of {plural(ranks, 'rank')} will convert"))
     return [*checks, *found], assignments
@@ -235,7 +239,9 @@ def _job(settings: Mapping[str, Any], load: Load, world_size: Optional[int]) -> 
         yield Check(
             "ok", f"unify: the weights are merged to {output / 'unified_checkpoint'}, and MindFormers slices them"
         )
-    if not load.left:
+    if load.is_direct:
+        yield Check("ok", f"load: direct: {format_bytes(size)} of weights are read, and none are written to {output}")
+    elif not load.left:
         yield from _resources(config, output, size, world_size)
     yield from probe_file_system(output)
 

@@ -16,7 +16,7 @@ from auto_trans.core.strategy import Strategy
 from auto_trans.errors import CheckpointNotFoundError, ConfigError, UnsupportedCheckpointError
 from auto_trans.storage.checkpoint2.find import is_checkpoint2
 from auto_trans.storage.formats import FORMATS
-from auto_trans.storage.names import HYPER_PARAMETERS, RANK_FOLDER
+from auto_trans.storage.names import HYPER_PARAMETERS, ITERATION_FOLDER, RANK_FOLDER
 from auto_trans.storage.scanned import ScannedFiles, read_errors
 from auto_trans.storage.sources import Checkpoint, as_strategy, find_sources
 
@@ -173,7 +173,7 @@ def _left_as_a_whole(settings: Mapping[str, Any], modelarts: bool, reshards: boo
 
 
 def _safetensors(load: Load, use_parallel: bool) -> Load:
-    """A safetensors job: distributed weights are converted, complete ones are sliced by MindFormers as it loads them."""
+    """A safetensors job: distributed weights are converted and complete ones sliced by MindFormers, unless all is direct."""
     with read_errors(load.config.load_checkpoint):
         path = Path(load.config.load_checkpoint).expanduser()
         if not path.exists():
@@ -181,10 +181,13 @@ def _safetensors(load: Load, use_parallel: bool) -> Load:
                 f"checkpoint {path} is not found; set it to a file or folder that exists («src»)"
             )
         if is_checkpoint2(path):
+            if load.config.is_direct and ITERATION_FOLDER.match(path.resolve().name):
+                return load
+            direct = "give the folder of an iteration" if load.config.is_direct else "set auto_trans: {load: direct}"
             raise ConfigError(
                 f"load_checkpoint {path} is {'of ' if path.is_file() else ''}a Checkpoint 2.0; MindFormers 1.9 and later "
-                f"loads it with checkpoint: {{load_path: ...}}; for this job convert it to rank folders: auto-trans convert "
-                f"{path.parent if path.is_file() else path} ... --dst-strategy ..."
+                f"loads it with checkpoint: {{load_path: ...}}; for this job {direct}, or convert it to rank folders: "
+                f"auto-trans convert {path.parent if path.is_file() else path} ... --dst-strategy ..."
             )
         of_a_rank = path.is_file() and RANK_FOLDER.match(path.parent.name)
         folder = path.parent.parent if of_a_rank else path

@@ -6,10 +6,12 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import mindspore
 
 _RANKS = 4
+Contents = dict[str, tuple[object, ...]]
 
 
 def main() -> None:
@@ -20,16 +22,10 @@ def main() -> None:
     for job in jobs:
         report = json.loads((output / job / "auto_trans_report.json").read_text())
         print(f"\n  {job}: {report['seconds']:.2f} s, with all waiting")
-        print("  converter   slices   written      seconds")
-        for converter in report["converters"]:
-            first, last = converter["slices"]
-            written = f"{converter['bytes_written'] / 2**20:.2f} MiB"
-            print(f"  rank {converter['rank']:<6} {first} - {last}    {written:<12} {converter['seconds']:.2f}")
-        for rank in range(_RANKS):
-            (file,) = (output / job / "transformed_checkpoint").glob(f"*/rank_{rank}/checkpoint_{rank}.*")
-            if _contents(file) != unsliced:
-                sys.exit(f"{file} does not hold the unsliced weights: the conversion is wrong")
-        print(f"  {len(unsliced)} tensors of {_RANKS} ranks have the bytes of the unsliced weights\n")
+        if report.get("load") == "direct":
+            _show_loaded(report, output / job / "transformed_checkpoint")
+        else:
+            _show_converted(report, output / job / "transformed_checkpoint", unsliced)
         converted = _losses(output / f"{job}_logs")
         print("  rank   loss of the first and the last step, converted / unsliced weights")
         for rank, (a, b) in enumerate(zip(converted, expected)):
@@ -39,7 +35,30 @@ def main() -> None:
     print("\nthe converted weights train exactly like the unsliced ones")
 
 
-def _contents(file: Path) -> dict[str, tuple[object, ...]]:
+def _show_converted(report: dict[str, Any], folder: Path, unsliced: Contents) -> None:
+    print("  converter   slices   written      seconds")
+    for converter in report["converters"]:
+        first, last = converter["slices"]
+        written = f"{converter['bytes_written'] / 2**20:.2f} MiB"
+        print(f"  rank {converter['rank']:<6} {first} - {last}    {written:<12} {converter['seconds']:.2f}")
+    for rank in range(_RANKS):
+        (file,) = folder.glob(f"*/rank_{rank}/checkpoint_{rank}.*")
+        if _contents(file) != unsliced:
+            sys.exit(f"{file} does not hold the unsliced weights: the conversion is wrong")
+    print(f"  {len(unsliced)} tensors of {_RANKS} ranks have the bytes of the unsliced weights\n")
+
+
+def _show_loaded(report: dict[str, Any], folder: Path) -> None:
+    print("  loaded      parameters   bytes        seconds")
+    for rank in report["ranks"]:
+        nbytes = f"{rank['bytes'] / 2**20:.2f} MiB"
+        print(f"  rank {rank['rank']:<6} {rank['parameters']:<12} {nbytes:<12} {rank['seconds']:.2f}")
+    if any(folder.iterdir()):
+        sys.exit(f"{folder} is not empty: something was written")
+    print("  nothing was written\n")
+
+
+def _contents(file: Path) -> Contents:
     """Type, shape and bytes of every tensor, as MindSpore reads them."""
     loaded = mindspore.load_checkpoint(str(file), format=file.suffix[1:]).items()
     return {name: (p.dtype, p.shape, p.asnumpy().tobytes()) for name, p in loaded}

@@ -7,9 +7,9 @@ import oracle
 import pytest
 from builders import hold, planned, save, strategy
 
+from auto_trans.advice import advise
 from auto_trans.core.layout import Layout
 from auto_trans.describe import (
-    advise,
     describe_checkpoint,
     describe_plan,
     describe_strategy,

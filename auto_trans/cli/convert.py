@@ -80,6 +80,13 @@ def add_parser(subparsers: Any) -> None:
     add("--no-reuse", action="store_true", help="convert again what is complete already")
     add("--dry-run", action="store_true", help="show the plan and whether it could succeed; convert nothing")
     add("--measure", action="store_true", help="with --dry-run: write 32 MiB beside DST to estimate the time")
+    add(
+        "--npu-num-per-node",
+        type=int,
+        default=8,
+        metavar="N",
+        help="with --dry-run: devices of a node of the job, to tell what a node reads (default: %(default)s)",
+    )
     add("--verify", action="store_true", help="compare every byte with the source afterwards")
     add("--quiet", action="store_true", help="show no progress")
     add("--json", action="store_true", help="print the plan or the report as JSON")
@@ -142,10 +149,12 @@ def _verify(conversion: Conversion, *, quiet: bool) -> bool:
 
 
 def _show_plan(conversion: Conversion, arguments: argparse.Namespace, facts: list[dict[str, Any]]) -> bool:
+    from auto_trans.config import parse_npu_num
     from auto_trans.describe import describe_plan
     from auto_trans.sizes import format_bytes
 
-    plan = describe_plan(conversion, measure=arguments.measure, words=arguments.words)
+    node_devices = parse_npu_num(arguments.npu_num_per_node)
+    plan = describe_plan(conversion, measure=arguments.measure, words=arguments.words, node_devices=node_devices)
     facts.append(plan)
     if arguments.json:
         return not plan["problem"]
@@ -176,9 +185,20 @@ def _show_plan(conversion: Conversion, arguments: argparse.Namespace, facts: lis
     for warning in plan["warnings"]:
         print(f"warning: {warning}")
     _show_advice(plan["transform_process_num"])
+    if conversion.request.to_strategy.world_size > 1:
+        _show_direct(plan["direct"])
     if plan["problem"]:
         print(f"\nit could not succeed: {plan['problem']}")
     return not plan["problem"]
+
+
+def _show_direct(reads: dict[str, int]) -> None:
+    from auto_trans.sizes import format_bytes
+
+    devices = f"{reads['npu_num_per_node']} devices a node"
+    print(f"\nin a job with auto_trans: {{load: direct}}, which writes nothing (tensors, {devices}):")
+    rows = [(f"a {one}", *(format_bytes(reads[key]) for key in (one, f"{one}s"))) for one in ("rank", "node")]
+    print_table(("", "busiest reads", "all read"), rows, right=(1, 2))
 
 
 def _show_advice(advice: list[dict[str, Any]]) -> None:

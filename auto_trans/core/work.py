@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from auto_trans.core.plan import Copy, FilePlan, Plan, TensorPlan
 from auto_trans.core.tensor import Shape
 
-__all__ = ["Share", "assign_writers", "process_nums", "read_bytes", "share_out", "split_files"]
+__all__ = [
+    "DirectReads",
+    "Share",
+    "assign_writers",
+    "direct_reads",
+    "process_nums",
+    "read_bytes",
+    "share_out",
+    "split_files",
+]
 
 
 @dataclass(frozen=True)
@@ -83,6 +92,44 @@ def share_out(plan: Plan, shares: Sequence[Sequence[int]]) -> list[Share]:
         Share(read_bytes(own), sum(file.nbytes for file in own), len(ranks) - len(own))
         for own, ranks in zip(files, shares)
     ]
+
+
+@dataclass(frozen=True)
+class DirectReads:
+    """What is read if every rank loads its slices directly, in bytes of tensors.
+
+    Attributes:
+        rank: By the rank that reads most, each byte once.
+        ranks: By all ranks.
+        node: By the node that reads most; what several of its ranks read counts once, for they share its page cache.
+        nodes: By all nodes.
+    """
+
+    rank: int
+    ranks: int
+    node: int
+    nodes: int
+
+
+def direct_reads(plan: Plan, node_devices: int) -> DirectReads:
+    """What ranks and nodes would read if every rank loads its slices directly.
+
+    Args:
+        plan: The plan.
+        node_devices: Ranks of a node; rank // node_devices is the number of its node.
+    """
+    by_rank = [(read_bytes([file]), len(file.ranks)) for file in plan.files]
+    nodes: dict[int, list[FilePlan]] = {}
+    for file in plan.files:
+        for node in {rank // node_devices for rank in file.ranks}:
+            nodes.setdefault(node, []).append(file)
+    by_node = [read_bytes(files) for files in nodes.values()]
+    return DirectReads(
+        max(nbytes for nbytes, _ in by_rank),
+        sum(nbytes * ranks for nbytes, ranks in by_rank),
+        max(by_node),
+        sum(by_node),
+    )
 
 
 def process_nums(world_size: int, most: int = 9) -> list[int]:

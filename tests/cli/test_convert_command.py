@@ -111,6 +111,19 @@ def test_dry_run_tells_what_transform_process_num_brings(auto_trans, genuine):
     assert "transform_process_num" not in auto_trans(*arguments, "--ranks", "0-1").stdout
 
 
+def test_dry_run_tells_what_a_direct_load_reads(auto_trans, genuine):
+    """dp4 mp2: two distinct slices; a node of two ranks reads both, one of one rank only its own."""
+    arguments = ["convert", genuine.complete("mf_llama"), "out", "--dry-run"]
+    arguments += ["--dst-strategy", genuine.model("mf_llama").strategy("dp4mp2"), "--npu-num-per-node"]
+    assert "load: direct}, which writes nothing (tensors, 2 devices a node)" in auto_trans(*arguments, "2").stdout
+    one, two = (json.loads(auto_trans(*arguments, number, "--json").stdout) for number in ("1", "2"))
+    assert one["direct"]["rank"] == one["direct"]["node"] == two["direct"]["rank"] < two["direct"]["node"]
+    assert two["direct"]["node"] == one["bytes_read"] and two["direct"]["nodes"] == 4 * one["bytes_read"]
+    assert one["direct"]["ranks"] == one["direct"]["nodes"] == 8 * one["direct"]["rank"]
+    refused = auto_trans(*arguments, "3", code=1)
+    assert "npu_num_per_node must be a power of 2, but got 3" in refused.stderr
+
+
 def test_dry_run_writes_nothing_unless_asked_to_measure(auto_trans, sides, tmp_path):
     before = sorted(tmp_path.rglob("*")), tmp_path.stat().st_mtime_ns
     done = command(auto_trans, sides, "out", "--dry-run")

@@ -12,7 +12,7 @@ from auto_trans.coordination.election import elect
 from auto_trans.core.layout import Layout
 from auto_trans.core.plan import FilePlan, TensorPlan
 from auto_trans.core.tensor import Box, Tensor
-from auto_trans.core.work import assign_writers, process_nums, share_out, split_files
+from auto_trans.core.work import DirectReads, assign_writers, direct_reads, process_nums, share_out, split_files
 
 REPLICATED = {"w": Layout((4, 2), ((0,), ())), "norm": Layout((4, 2), ((),))}  # dp4 mp2
 DISTINCT = {"w": Layout((4, 2), ((0,), ()), 4, 2), "norm": Layout((4, 2), ((),))}  # its optimizer shard
@@ -69,6 +69,15 @@ def test_what_several_files_of_a_converter_need_is_read_once():
     (one,) = share_out(planned(DISTINCT), [range(8)])
     assert one.read == FULL["w"].size * 4 + FULL["norm"].size * 4
     assert one.written == FULL["w"].size * 4 + 8 * FULL["norm"].size * 4
+
+
+def test_node_reads_once_what_its_ranks_need_and_every_rank_what_it_holds():
+    weights, norm = 64 * 4, 4 * 4
+    plan, rank = planned(REPLICATED), weights // 2 + norm
+    assert direct_reads(plan, 1) == DirectReads(rank, 8 * rank, rank, 8 * rank)
+    assert direct_reads(plan, 4) == DirectReads(rank, 8 * rank, weights + norm, 2 * (weights + norm))
+    plan, rank = planned(DISTINCT), weights // 8 + norm
+    assert direct_reads(plan, 2) == DirectReads(rank, 8 * rank, 2 * weights // 8 + norm, weights + 4 * norm)
 
 
 def test_processes_get_whole_groups_of_replicas_and_even_work():
