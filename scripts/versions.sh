@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 folder=${AUTO_TRANS_PAIRS:-$PWD/.venv-versions}
 table=scripts/versions.md
 python=${PYTHON:-python3.11}
-read -ra jobs <<<"${AUTO_TRANS_JOBS:-ckpt safetensors}"
+read -ra jobs <<<"${AUTO_TRANS_JOBS:-ckpt safetensors direct}"
 pairs=("$@")
 [ $# != 0 ] || mapfile -t pairs < <("$python" -c '
 from auto_trans.hooks.compatibility import TESTED
