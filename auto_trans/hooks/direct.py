@@ -146,7 +146,9 @@ class _Names:
 
     def are_foreign(self, folder: Path) -> bool:
         """Whether a folder holds weights by the names of HuggingFace."""
-        return not self._concatenated and bool(self._stock.is_hf_safetensors_dir(str(folder), self._network))
+        if self._concatenated or not hasattr(self._network, "convert_name"):
+            return False
+        return bool(self._stock.is_hf_safetensors_dir(str(folder), self._network))
 
     def untold(self) -> str:
         """Why the model does not tell its names, as a sentence without its beginning; empty if it does."""

@@ -78,9 +78,9 @@ def load_checkpoint(
         if load.checked and not load.left and not job.is_emptied:  # a load without the Trainer, as for a service
             check_and_empty(job, load)
         with in_yaml_words():
-            if load.left and load.checked:
-                _check_complete(load, network, known)
-            elif load.format == "safetensors" and not load.left and predicts:
+            if load.is_direct or (load.left and load.checked):
+                _check_known(load, network, known)
+            if load.format == "safetensors" and not load.left and predicts:
                 check_concatenation(load, config, network)
         with Job.knowing(Running(config, known, load)):
             original(config, model, network, *args, **kwargs)
@@ -122,8 +122,8 @@ def look_at(world_size: int, *cells: Any) -> Network:
     return Network(shapes, sliced=sliced)
 
 
-def _check_complete(load: Load, network: Any, known: Network) -> None:
-    """Looks whether complete weights, which MindFormers slices while it loads them, are of this model at all."""
+def _check_known(load: Load, network: Any, known: Network) -> None:
+    """Looks whether weights from which ranks take slices while they load them are of this model at all."""
     translate = _translator(network)
     for checkpoint in load.find(load.source_strategy()):
         heads = ScannedFiles(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,10 @@ from strategy_files import strategy_file
 from auto_trans.core.layout import Layout
 from auto_trans.doctor import examine
 from auto_trans.errors import CheckpointError, PlanError
+from auto_trans.hooks import direct
 from auto_trans.hooks import load as hook
 from auto_trans.hooks import safetensors as inside
+from auto_trans.hooks.transform import TransformCkpt
 
 pytestmark = pytest.mark.mindspore
 
@@ -27,7 +30,9 @@ FULL = {"model.w": np.arange(32, dtype=np.float32).reshape(4, 8), "model.v": np.
 class Config(dict):
     """A configuration of MindFormers: its keys are attributes, None where they are not set."""
 
-    __getattr__ = dict.get
+    def __getattr__(self, name):
+        return self.get(name, Config(model_config=Config()) if name == "model" else None)
+
     __setattr__ = dict.__setitem__
 
 
@@ -79,7 +84,9 @@ def test_folder_of_an_earlier_conversion_is_not_waited_for(job, network, sources
 
 
 def convert_as_mindformers_calls_us(job, config, network):
-    """Loads as MindFormers would: what it calls inside of its own function, and whether ours converts there."""
+    """Loads as MindFormers would: what it calls inside of its own function; what it is left to load by itself."""
+    import mindspore
+
     loaded = []
 
     def transform_and_load_checkpoint(config, model, network, dataset, optimizer=None):
@@ -89,11 +96,10 @@ def convert_as_mindformers_calls_us(job, config, network):
             arguments = (config, ["merged"], network, "strategy", "merged", optimizer)
             inside.load_slices(lambda _, files, *rest: loaded.extend(files), *arguments)
         else:
-            from auto_trans.hooks.transform import TransformCkpt
-
-            TransformCkpt(auto_trans_ckpt=True, rank_id=0, world_size=1)(
-                config.load_checkpoint, src_strategy=config.src_strategy_path_or_dir
-            )
+            transform = TransformCkpt(auto_trans_ckpt=True, rank_id=0, world_size=1)
+            transform(config.load_checkpoint, src_strategy=config.src_strategy_path_or_dir)
+            parameters = direct.read_parameters(lambda _: loaded.append("by MindFormers") or {}, config)
+            mindspore.load_param_into_net(network, parameters)
 
     hook.check_settings(lambda trainer: None, SimpleNamespace(config=config))
     if config.ckpt_use_legacy_format is not False:  # the version that is installed is 1.7
@@ -103,6 +109,7 @@ def convert_as_mindformers_calls_us(job, config, network):
 
 MODES = {
     "plain": {},
+    "direct": {"auto_trans": {"load": "direct"}},
     "predict": {"run_mode": "predict"},
     "off": {"auto_trans_ckpt": False},
     "only the strategy": {"only_save_strategy": True},
@@ -122,10 +129,11 @@ def test_doctor_foresees_what_the_job_does(job, network, sources, tmp_path, form
         settings["src_strategy_path_or_dir"] = str(sources / form / "strategy")
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(settings))
     checks, _ = examine(tmp_path / "job.yaml", 1)
-    verdicts = [check.what for check in checks if "will convert" in check.what]
+    verdicts = [check.what for check in checks if "will convert" in check.what or "straight" in check.what]
     convert_as_mindformers_calls_us(job, Config(settings), network)
     converts = any(file.is_file() for file in job.transformed_dir.rglob("checkpoint_0.*"))
-    assert verdicts == ["1 of 1 rank will convert" if converts else "auto_trans will convert nothing"]
+    told = "1 rank will load straight from the source" if mode == "direct" else "auto_trans will convert nothing"
+    assert [what.partition(",")[0] for what in verdicts] == ["1 of 1 rank will convert" if converts else told]
     assert converts == (mode in ("plain", "predict") and (form, kind) != ("safetensors", "complete"))
 
 
@@ -208,15 +216,82 @@ def test_data_parallel_ranks_are_given_whole_files(job, network, sources, monkey
 
 
 @pytest.mark.parametrize("more", [{}, {"remove_redundancy": True}], ids=str)
-def test_rank_is_given_its_converted_file(job, network, sources, more):
+def test_rank_loads_its_converted_file_by_mindformers_where_asked(job, network, sources, more):
     settings = {
         "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors",
-        "load_checkpoint": str(sources / "safetensors" / "checkpoint"), **more,
+        "load_checkpoint": str(sources / "safetensors" / "checkpoint"), "auto_trans": {"loader": "mindspore"}, **more,
     }  # fmt: skip
     config = Config(settings)
     (file,) = convert_as_mindformers_calls_us(job, config, network)
     assert Path(file) == job.transformed_dir / "checkpoint" / "rank_0" / "checkpoint_0.safetensors"
     assert config == settings, "the configuration is as it was"
+
+
+@pytest.mark.parametrize("load", ["files", "direct"])
+@pytest.mark.parametrize("kind", ["checkpoint", "complete"])
+@pytest.mark.parametrize("form", ["ckpt", "safetensors"])
+def test_network_gets_the_weights_by_our_own_loader(job, network, sources, form, kind, load):
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": form, "auto_trans": {"load": load},
+        "load_checkpoint": str(sources / form / kind),
+    }  # fmt: skip
+    if kind == "checkpoint":
+        settings["src_strategy_path_or_dir"] = str(sources / form / "strategy")
+    for parameter in network.parameters_dict().values():
+        parameter.set_data(parameter * 0)
+    config = Config(settings)
+    left = convert_as_mindformers_calls_us(job, config, network)
+    assert config == settings, "the configuration is as it was"
+    if (load, form, kind) == ("files", "safetensors", "complete"):
+        assert left, "MindFormers slices it"
+        return
+    assert not left
+    for name, array in FULL.items():
+        assert np.array_equal(network.parameters_dict()[name].asnumpy(), array)
+    written = [file for file in job.transformed_dir.rglob("*") if file.is_file()]
+    assert bool(written) == (load == "files")
+    report = json.loads((job.output / "auto_trans_report.json").read_text())
+    assert report.get("load") == ("direct" if load == "direct" else None)
+
+
+def test_weights_beside_those_of_a_direct_load_are_still_converted(job, network, sources):
+    """MindFormers has the LoRA weights of a service converted in the middle of the load."""
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "ckpt", "auto_trans": {"load": "direct"},
+        "load_checkpoint": str(sources / "ckpt" / "complete"),
+    }  # fmt: skip
+
+    def load(config, model, network, dataset):
+        transform = TransformCkpt(auto_trans_ckpt=True, rank_id=0, world_size=1)
+        for source in (config.load_checkpoint, str(sources / "ckpt" / "complete" / "net.ckpt")):
+            transform(source)
+            seen.append((job.transformed_dir / "net" / "rank_0" / "checkpoint_0.ckpt").exists())
+
+    seen = []
+    hook.load_checkpoint(load, Config(settings), None, network, None)
+    assert seen == [False, True]
+
+
+@pytest.mark.parametrize("has_map", [True, False])
+def test_names_of_huggingface_are_read_by_the_map_of_the_model(job, network, tmp_path, has_map):
+    (tmp_path / "hf").mkdir()
+    save_file({f"transformer.{name[6:]}": array for name, array in FULL.items()}, tmp_path / "hf" / "model.safetensors")
+    before = sorted(tmp_path.rglob("*"))
+    settings = {
+        "auto_trans_ckpt": True, "use_parallel": True, "load_ckpt_format": "safetensors",
+        "load_checkpoint": str(tmp_path / "hf"), "auto_trans": {"load": "direct"},
+    }  # fmt: skip
+    network.convert_name = lambda name: name.replace("transformer.", "model.")
+    if has_map:
+        network.obtain_name_map = lambda files: {name: f"transformer.{name[6:]}" for name in FULL if files}
+    for parameter in network.parameters_dict().values():
+        parameter.set_data(parameter * 0)
+    left = convert_as_mindformers_calls_us(job, Config(settings), network)
+    assert bool(left) != has_map
+    if has_map:
+        for name, array in FULL.items():
+            assert np.array_equal(network.parameters_dict()[name].asnumpy(), array)
+        assert [path for path in sorted(tmp_path.rglob("*")) if job.output not in (path, *path.parents)] == before
 
 
 @pytest.mark.parametrize("form", ["ckpt", "safetensors"])
