@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from auto_trans.merge_safetensors import merge_safetensors
 from auto_trans.together import REPORT_NAME
@@ -21,6 +21,14 @@ pytestmark = pytest.mark.trainer
 
 ALONE = {"AUTO_TRANS_DISABLE": "1"}
 STAND_ALONE = "parallel.parallel_mode=STAND_ALONE"
+DIRECT = "auto_trans={load: direct}"
+# a name of LLaMA in MindFormers -> that of HuggingFace
+HUGGINGFACE = {
+    ".tok_embeddings.embedding_weight": ".embed_tokens.weight", ".attention.w": ".self_attn.w", ".wq.": ".q_proj.",
+    ".wk.": ".k_proj.", ".wv.": ".v_proj.", ".wo.": ".o_proj.", ".feed_forward.w1.": ".mlp.gate_proj.",
+    ".feed_forward.w2.": ".mlp.down_proj.", ".feed_forward.w3.": ".mlp.up_proj.",
+    ".attention_norm.": ".input_layernorm.", ".ffn_norm.": ".post_attention_layernorm.", ".norm_out.": ".norm.",
+}  # fmt: skip
 
 
 def job(source, *settings):
@@ -36,7 +44,7 @@ def stock(llama):
     return run
 
 
-def test_four_ranks_convert_load_and_train_as_with_mindformers_and_as_from_ckpt(llama, stock):
+def test_four_ranks_convert_load_and_train_as_with_mindformers_and_as_directly_from_ckpt(llama, stock):
     run = llama.train("sf", *job(llama.safetensors, "transform_process_num=2"), ranks=4)
     assert run.code == 0, run.logs[0][-3000:]
     assert run.losses == stock.losses
@@ -53,7 +61,7 @@ def test_four_ranks_convert_load_and_train_as_with_mindformers_and_as_from_ckpt(
     assert weights.keys() == converted.keys()
     assert all(np.array_equal(converted[name], array) for name, array in weights.items())
     settings = (f"load_checkpoint={llama.distributed}", f"src_strategy_path_or_dir={llama.strategy}")
-    ckpt = llama.train("sf_ckpt", *settings, "auto_trans_ckpt=True", STAND_ALONE, ranks=4)
+    ckpt = llama.train("sf_ckpt", *settings, "auto_trans_ckpt=True", STAND_ALONE, DIRECT, ranks=4)
     assert ckpt.losses == stock.losses
 
 
@@ -68,9 +76,12 @@ def test_converters_merge_where_unify_is_set(llama, stock):
 
 
 def test_resumed_training_goes_on_as_with_mindformers(llama):
-    """The step, the moments and the learning rate of the rank folders; the step is chosen by name."""
+    """The step, the moments and the learning rate of the rank folders; the step is chosen by name. Loaded directly."""
     settings = job(llama.safetensors, "resume_training=tiny_rank_0-1_8.safetensors", "runner_config.epochs=3")
-    runs = [llama.train(f"sf_resume_{n}", *settings, ranks=4, environ=e) for n, e in (("stock", ALONE), ("ours", None))]
+    runs = [
+        llama.train("sf_resume_stock", *settings, ranks=4, environ=ALONE),
+        llama.train("sf_resume_ours", *settings, DIRECT, ranks=4),
+    ]
     for run in runs:
         assert run.code == 0, run.logs[0][-3000:]
     assert runs[0].losses == runs[1].losses and len(runs[0].losses[0]) > 4
@@ -96,6 +107,27 @@ def test_complete_weights_are_checked_and_sliced_by_mindformers(llama, stock, tm
     assert run.code == 0, run.logs[0][-3000:]
     assert run.losses == stock.losses
     assert "the weights are complete, and MindFormers slices them while it loads: MindFormers' own" in run.logs[0]
+
+
+def test_every_rank_reads_its_slices_of_weights_with_the_names_of_huggingface(llama, stock, tmp_path, snapshot):
+    """By the model's own map; MindFormers itself writes another index beside them."""
+    merge_safetensors(llama.safetensors, tmp_path / "whole", llama.strategy, filter_out_param_prefix="adam_")
+    (tmp_path / "hf").mkdir()
+    files: dict[str, dict[str, np.ndarray]] = {}
+    for i, (name, array) in enumerate(load_file(tmp_path / "whole" / "model-00001-of-00001.safetensors").items()):
+        for ours, theirs in HUGGINGFACE.items():
+            name = name.replace(ours, theirs)
+        files.setdefault(f"model-0000{1 + i % 2}-of-00002.safetensors", {})[name] = array
+    for file, tensors in files.items():
+        save_file(tensors, tmp_path / "hf" / file)
+    index = {"weight_map": {name: file for file, tensors in files.items() for name in tensors}}
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    before = snapshot(tmp_path)
+    run = llama.train("sf_hf", *job(tmp_path / "hf", DIRECT), ranks=4)
+    assert run.code == 0, run.logs[0][-3000:]
+    assert run.losses == stock.losses
+    assert snapshot(tmp_path) == before
+    assert "21 parameters" in run.logs[0] and "of 2 files" in run.logs[0]
 
 
 def test_evaluation_and_inference_load_what_they_load_with_mindformers(llama):

@@ -68,6 +68,22 @@ def test_four_ranks_convert_load_and_train(llama, four):
 
 
 @pytest.mark.pairs
+def test_four_ranks_load_directly_and_train(llama, four):
+    """Each reads its slices of the four files; nothing is written but the strategy and the report."""
+    direct = "auto_trans={load: direct}"
+    run = llama.train("direct", *distributed(llama), direct, "compile_stand_in=4x1", ranks=4)
+    assert run.code == 0, run.logs[0][-3000:]
+    assert run.losses == four.losses
+    report = json.loads((llama.folder / "direct" / REPORT_NAME).read_text())
+    assert report["load"] == "direct" and [(rank["rank"], rank["files"]) for rank in report["ranks"]] == [
+        (rank, 4) for rank in range(4)
+    ]
+    assert not any((llama.folder / "direct" / "transformed_checkpoint").iterdir())
+    for rank, log in enumerate(run.logs):
+        assert re.search(rf"rank {rank}: loaded \d+ parameters, .* of 4 files in [\d.]+ s \(.*/s\) from ", log)
+
+
+@pytest.mark.pairs
 @pytest.mark.skipif(
     metadata.version("mindformers").startswith("1.7"), reason="only MindFormers 1.8 and later read ahead"
 )
