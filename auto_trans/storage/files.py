@@ -15,8 +15,8 @@ from typing import Any, Callable, Generic, Optional, TypeVar, Union
 import xxhash
 
 from auto_trans.errors import InsufficientDiskError, OutputError
+from auto_trans.storage.hints import reserve, start_writing_out
 from auto_trans.storage.temporary import lock, temporary_name
-from auto_trans.storage.writeback import start_writing_out
 
 __all__ = ["NewFile", "Publisher", "new_file", "replicate", "write_json", "write_new"]
 
@@ -36,13 +36,14 @@ class NewFile:
     Args:
         path: Its final name, which it gets from `publish`, once complete.
         durable: Whether it must be on the disk before it gets its name. What is made anew after a power loss need not be.
+        least_bytes: How large it will be at least, where that is known.
 
     Raises:
         InsufficientDiskError: The disk is full (any method).
         OutputError: The file cannot be written (any method).
     """
 
-    def __init__(self, path: Path, *, durable: bool = True) -> None:
+    def __init__(self, path: Path, *, durable: bool = True, least_bytes: int = 0) -> None:
         self.path = path
         self._durable = durable
         self._temporary = temporary_name(path)
@@ -53,6 +54,7 @@ class NewFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
         lock(self._fd)
+        reserve(self._fd, least_bytes)
 
     def __enter__(self) -> NewFile:
         return self

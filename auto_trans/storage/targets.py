@@ -97,7 +97,8 @@ class Target(ABC):
 
     def open(self, file: FilePlan) -> NewFile:
         """A new file for the first of the ranks of a plan."""
-        return NewFile(self.path(self.name(file.ranks[0], file.part)), durable=self._durable)
+        path = self.path(self.name(file.ranks[0], file.part))
+        return NewFile(path, durable=self._durable, least_bytes=file.nbytes)
 
     def publish(self, out: NewFile, file: FilePlan) -> list[FileRecord]:
         """Names a file that is written as the first rank's, synced if it is to be durable; the other ranks get replicas.

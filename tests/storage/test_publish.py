@@ -6,7 +6,8 @@ import os
 import pytest
 import xxhash
 
-from auto_trans.core.plan import FilePlan
+from auto_trans.core.plan import FilePlan, TensorPlan
+from auto_trans.core.tensor import Box, Tensor
 from auto_trans.errors import InsufficientDiskError, OutputError
 from auto_trans.storage import files as publish
 from auto_trans.storage.files import NewFile, Publisher, new_file, replicate
@@ -99,6 +100,32 @@ def test_writing_out_begins_while_the_file_is_written_and_no_page_is_dropped(tmp
         for part in (b"abc", b"defg", b"h", b"ijklmn", b"o"):
             out.write(part)
     assert begun == [(0, 7), (7, 7)]
+
+
+def test_place_that_is_reserved_is_no_part_of_the_file(tmp_path):
+    for written in (b"", b"weights", b"w" * 3_000_000):
+        with NewFile(tmp_path / "x.ckpt", least_bytes=1_000_000) as out:
+            out.write(written)
+            assert out.sync().st_size == len(written)
+            out.publish()
+        assert (tmp_path / "x.ckpt").read_bytes() == written
+
+
+def test_place_that_cannot_be_reserved_is_no_error(tmp_path):
+    """The file may become smaller, and what cannot be written is told when it is."""
+    with NewFile(tmp_path / "x.ckpt", least_bytes=2**62) as out:
+        out.write(b"weights")
+        out.publish()
+    assert (tmp_path / "x.ckpt").read_bytes() == b"weights"
+
+
+def test_place_of_a_target_file_is_reserved_before_it_is_written(tmp_path, monkeypatch):
+    reserved = []
+    monkeypatch.setattr(publish, "reserve", lambda fd, nbytes: reserved.append((os.fstat(fd).st_size, nbytes)))
+    tensor = Tensor("w", "Float32", (3, 4), 4)
+    with target_of(tmp_path).open(FilePlan((0,), (TensorPlan(tensor, Box.whole((3, 4)), ()),))) as out:
+        out.discard()
+    assert reserved == [(0, 48)]
 
 
 def test_writing_out_changes_nothing_in_the_file(tmp_path, monkeypatch):
