@@ -261,19 +261,19 @@ def plan_conversion(request: Request) -> Conversion:
 
 
 def _target(request: Request, checkpoint: Checkpoint, plan: Plan) -> Target:
-    digest = request.digest(checkpoint)
+    digest, reuse, durable = request.digest(checkpoint), request.reuse, request.durable
     if request.shard_size is not None:
-        return SafetensorsSet(request.dst, digest, shard_size=request.shard_size, reuse=request.reuse)
+        return SafetensorsSet(request.dst, digest, shard_size=request.shard_size, reuse=reuse, durable=durable)
     if request.format == CHECKPOINT2:
         common = common_of(plan)
         number = next((n for n in (common.step, checkpoint.step) if n is not None), 0)
         prefix = "" if request.prefix == DEFAULT_PREFIX else request.prefix.rstrip("-_")
         return Iteration(
-            request.dst, digest, request.to_strategy, number, common, prefix=prefix, reuse=request.reuse
+            request.dst, digest, request.to_strategy, number, common, prefix=prefix, reuse=reuse, durable=durable
         )  # fmt: skip
     format = FORMATS[request.format] if request.format else checkpoint.format
     world_size = request.to_strategy.world_size
-    return RankFolders(request.dst, format, digest, world_size, prefix=request.prefix, reuse=request.reuse)
+    return RankFolders(request.dst, format, digest, world_size, prefix=request.prefix, reuse=reuse, durable=durable)
 
 
 def _ranks(records: Iterable[FileRecord]) -> tuple[int, ...]:

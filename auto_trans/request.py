@@ -52,6 +52,7 @@ class Request:
         processes: Worker processes on this machine.
         memory_limit: Bytes of memory of a process.
         reuse: Keep files that are there already and were made for the same request.
+        durable: Whether files must be on the disk before they get their names; not if a power loss has them made anew.
         check_replicas: Compare the bytes of all copies of every slice first.
         network: The network that will load the target, where there is one.
     """
@@ -74,6 +75,7 @@ class Request:
     processes: int = 1
     memory_limit: int = DEFAULT_MEMORY
     reuse: bool = True
+    durable: bool = True
     check_replicas: bool = False
     network: Optional[Network] = field(default=None, repr=False)
 
@@ -157,6 +159,6 @@ def as_ranks(value: Optional[Iterable[int]]) -> Optional[tuple[int, ...]]:
 _WITHOUT_EFFECT = frozenset(
     {
         "src", "dst", "ranks", "format", "step", "file_suffix", "resume_file", "by_rank", "processes", "memory_limit",
-        "reuse", "check_replicas", "network",
+        "reuse", "durable", "check_replicas", "network",
     }
 )  # fmt: skip

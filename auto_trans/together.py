@@ -144,7 +144,7 @@ class _Converter:
             "bytes_written": sum(r["bytes_written"] for r in reports),
             "converters": reports,
         }
-        write_json(shared.report, report)
+        write_json(shared.report, report, durable=request.durable)
         if reports:
             logger.info(
                 "converted %s with rank %s: %s written in %.1f s to %s", request.src,

@@ -3,9 +3,10 @@
     python benchmarks/compare.py [--gigabytes 1] [--runs 5] [--only float16 ...] [--against cp ...] [--folder /tmp/x]
 
 LLaMA-like weights with Adam's moments go from one parallel strategy to another (OS: optimizer shard), as float16 and
-bfloat16 ``.ckpt`` and as float16 ``.safetensors``. ``cp`` copies the bytes that a conversion must physically write; "synced"
-is the same with the disk waited for, as auto_trans waits for it before a file gets its name. Where the target has replicas
-``cp`` copies all target files.
+bfloat16 ``.ckpt`` and as float16 ``.safetensors``. ``cp`` copies the bytes that a conversion must physically write; "cp and
+sync" is the same with the disk waited for, as auto_trans waits for it before a file gets its name. "auto_trans (job)" is the
+conversion as a job has it, which does not wait for the disk, by one converter, and "auto_trans (job, 2)" by two, each a
+process that is forked from one that has imported everything. Where the target has replicas ``cp`` copies all target files.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -25,6 +27,10 @@ from harness import Sample, add_arguments, dispatch, interleave, measure, table,
 from synthetic import Shapes, llama_parameters, with_moments, write_checkpoint, write_strategy
 
 from auto_trans import convert, merge_strategies
+from auto_trans.conversion import plan_conversion
+from auto_trans.coordination.election import elect
+from auto_trans.request import Request
+from auto_trans.storage.sources import as_strategy
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ Case = tuple[Optional[Parallel], Optional[Parallel]]  # None: one complete file
 
 CASES: list[Case] = [(MP8, MP4), (None, MP8), (MP4PP2, MP4), (MP8, None), (SHARDED, RESHARDED), (SHARDED, None)]
 REPLICAS: list[Case] = [(None, DP2MP4), (None, DP4MP2)]
-OTHERS = ("mindspore", "cp", "cp synced")
+# candidate -> how many converters it has
+JOBS = {"auto_trans (job)": 1, "auto_trans (job, 2)": 2}
+OTHERS = ("mindspore", "cp", "cp and sync")
 # group -> its type, its format, its cases, the candidates beside auto_trans
 GROUPS: dict[str, tuple[str, str, list[Case], tuple[str, ...]]] = {
     "float16": ("Float16", "ckpt", CASES, OTHERS),
@@ -53,6 +61,7 @@ GROUPS: dict[str, tuple[str, str, list[Case], tuple[str, ...]]] = {
     # what MindSpore does for safetensors does not begin with complete weights
     "safetensors": ("Float16", "safetensors", [c for c in CASES if c[0]], OTHERS),
     "replicas": ("Float16", "ckpt", REPLICAS, OTHERS[1:]),
+    "job": ("Float16", "ckpt", [(MP8, MP4), (None, MP8), (MP4PP2, MP4), (SHARDED, RESHARDED)], (*JOBS, *OTHERS[1:])),
 }
 
 
@@ -60,6 +69,9 @@ def run(name: str, case: dict[str, Any], target: Path) -> None:
     """Runs one candidate."""
     if name == "auto_trans":
         convert(case["source"], target, case["source_strategy"], case["target_strategy"])
+        return
+    if name in JOBS:
+        convert_in_job(case, target, JOBS[name])
         return
     if name == "mindspore":
         import mindspore
@@ -72,9 +84,32 @@ def run(name: str, case: dict[str, Any], target: Path) -> None:
             mindspore.transform_checkpoints(source, str(target), "checkpoint_", *merged, output_format=case["format"])
         return
     subprocess.run(["cp", "-r", case["written"], str(target)], check=True)
-    if name == "cp synced":
+    if name == "cp and sync":
         files = sorted(str(file) for file in target.rglob("rank_*/*"))
         subprocess.run(["sync", *files], check=True)
+
+
+def convert_in_job(case: dict[str, Any], target: Path, converters: int) -> None:
+    """Converts as the elected ranks of a job do, each its share of the ranks."""
+    strategies = as_strategy(case["source_strategy"]), as_strategy(case["target_strategy"])
+    others = []
+    for own in elect(strategies[1].world_size, converters):
+        request = Request(Path(case["source"]), target, *strategies, ranks=tuple(own.slices), durable=False)
+        if own.rank:
+            others.append(multiprocessing.get_context("fork").Process(target=convert_share, args=(request,)))
+            others[-1].start()
+        else:
+            first = request
+    convert_share(first)
+    for other in others:
+        other.join()
+        if other.exitcode:
+            raise RuntimeError(f"a converter ended with {other.exitcode}")
+
+
+def convert_share(request: Request) -> None:
+    """Converts the share of a converter."""
+    plan_conversion(request).carry_out(quiet=True)
 
 
 def child(name: str, case: dict[str, Any], target: Path) -> Sample:
@@ -164,7 +199,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="groups (default: all)")
-    parser.add_argument("--against", nargs="+", choices=OTHERS, default=OTHERS, help="candidates (default: all)")
+    parser.add_argument(
+        "--against", nargs="+", choices=(*JOBS, *OTHERS), default=(*JOBS, *OTHERS), help="candidates (default: all)"
+    )
     arguments = parser.parse_args()
     results = []
     for group in arguments.only:

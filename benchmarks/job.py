@@ -69,7 +69,7 @@ class Ours(Rank):
         """Converts together."""
         request = Request(
             Path(self.case["source"]), self.target / "out", read_strategy(self.case["old"]), Strategy.complete(),
-            format="safetensors",
+            format="safetensors", durable=False,
         )  # fmt: skip
         shared = SharedConversion(
             request, self.target / "strategy", lambda: read_strategy(self.case["new"]), self.target / "report.json",

@@ -41,6 +41,7 @@ DOES_NOT = {
     "processes": 4,
     "memory_limit": 1 << 20,
     "reuse": False,
+    "durable": False,
     "check_replicas": True,
     "network": {"w": (2, 2)},
 }

@@ -151,6 +151,7 @@ def convert_for_job(
             engine=settings.engine,
             by_rank=by_rank and job.world_size > 1,
             memory_limit=settings.memory_limit,
+            durable=not job.is_emptied,  # what is emptied before it is used again need not outlive a power loss
             network=network,
         )
         shared = SharedConversion(
@@ -188,6 +189,7 @@ def unify_for_job(job: Job, settings: AutoTransConfig, assignments: tuple[Assign
             shard_size=_UNIFIED_FILE_BYTES,
             resume_file=settings.resume_file,
             memory_limit=settings.memory_limit,
+            durable=not job.is_emptied,  # what is emptied before it is used again need not outlive a power loss
         )
         shared = SharedConversion(
             request, job.strategy_dir, Strategy.complete, job.output / REPORT_NAME, assignments, settings.timing

@@ -15,6 +15,7 @@ from typing import Any, Callable, Generic, Optional, TypeVar, Union
 import xxhash
 
 from auto_trans.errors import InsufficientDiskError, OutputError
+from auto_trans.storage.hints import reserve, start_writing_out
 from auto_trans.storage.temporary import lock, temporary_name
 
 __all__ = ["NewFile", "Publisher", "new_file", "replicate", "write_json", "write_new"]
@@ -28,28 +29,32 @@ _COPY_BYTES = 4 * 1024 * 1024
 class NewFile:
     """A file under a temporary name in its final folder, which is made if missing.
 
-    It is digested while it is written, and the disk is kept busy meanwhile, so that little is left to wait for in the end.
-    As a context it removes itself if an exception leaves it; without one it stays as it is, published or yet to be.
+    It is digested while it is written. If it is durable the disk is kept busy meanwhile, so that little is left to wait for
+    in the end. As a context it removes itself if an exception leaves it; without one it stays as it is, published or yet to
+    be.
 
     Args:
-        path: Its final name, which it gets from `publish`, once complete and on the disk.
+        path: Its final name, which it gets from `publish`, once complete.
+        durable: Whether it must be on the disk before it gets its name. What is made anew after a power loss need not be.
+        least_bytes: How large it will be at least, where that is known.
 
     Raises:
         InsufficientDiskError: The disk is full (any method).
         OutputError: The file cannot be written (any method).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, durable: bool = True, least_bytes: int = 0) -> None:
         self.path = path
+        self._durable = durable
         self._temporary = temporary_name(path)
         self._hash = xxhash.xxh3_128()
         self._written = self._flushed = 0
         self._synced: Optional[os.stat_result] = None
-        self._flusher: Optional[ThreadPoolExecutor] = None
         with _output_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o640)
         lock(self._fd)
+        reserve(self._fd, least_bytes)
 
     def __enter__(self) -> NewFile:
         return self
@@ -72,24 +77,26 @@ class NewFile:
         with _output_errors(self.path):
             while rest:
                 rest = rest[os.write(self._fd, rest) :]
-        if self._written - self._flushed >= _FLUSH_BYTES:
-            self._flush()
+        if self._durable and self._written - self._flushed >= _FLUSH_BYTES:
+            start_writing_out(self._fd, self._flushed, self._written - self._flushed)
+            self._flushed = self._written
 
     def sync(self) -> os.stat_result:
-        """Waits until what was written is on the disk; returns the state that the file keeps when it is published."""
+        """Has what was written on the disk if it is to be durable; returns the state that the file keeps under its name."""
         with _output_errors(self.path):
             if self._synced is None:
-                os.fsync(self._fd)
+                if self._durable:
+                    os.fsync(self._fd)
                 self._synced = os.fstat(self._fd)
             return self._synced
 
     def publish(self) -> None:
-        """Gives the file its name, once it is on the disk; if that fails, nothing is left of it."""
+        """Gives the file its name, synced if it is to be durable; if that fails, nothing is left of it."""
         with self:
             self.sync()
             with _output_errors(self.path):
                 self._close()
-                _commit(self._temporary, self.path)
+                _commit(self._temporary, self.path, durable=self._durable)
 
     def discard(self) -> None:
         """Removes the file, unless it is published."""
@@ -97,34 +104,21 @@ class NewFile:
         with contextlib.suppress(OSError):
             self._temporary.unlink()  # not there if it is published
 
-    def _flush(self) -> None:
-        """Starts to write out what is dirty, without waiting for it."""
-        if hasattr(os, "posix_fadvise"):
-            if self._flusher is None:
-                self._flusher = ThreadPoolExecutor(1, "auto_trans-flush")
-            # pages that are being written out stay cached
-            extent = self._flushed, self._written - self._flushed
-            self._flusher.submit(os.posix_fadvise, self._fd, *extent, os.POSIX_FADV_DONTNEED)
-        self._flushed = self._written
-
     def _close(self) -> None:
-        if self._flusher is not None:  # another file may soon get the same number
-            self._flusher.shutdown()
-            self._flusher = None
         if self._fd >= 0:
             fd, self._fd = self._fd, -1
             os.close(fd)
 
 
 @contextlib.contextmanager
-def new_file(path: Path) -> Iterator[NewFile]:
-    """A file that appears under its name once it is complete and on the disk; on failure nothing is left of it.
+def new_file(path: Path, *, durable: bool = True) -> Iterator[NewFile]:
+    """A file that appears under its name once it is complete, see `NewFile`; on failure nothing is left of it.
 
     Raises:
         InsufficientDiskError: The disk is full.
         OutputError: The file cannot be written.
     """
-    with NewFile(path) as out:
+    with NewFile(path, durable=durable) as out:
         yield out
         out.publish()
 
@@ -158,8 +152,14 @@ class Publisher(Generic[T]):
             self.results.append(self._pending.pop(0).result())
 
 
-def replicate(file: Path, replica: Path) -> None:
-    """Makes ``replica`` the same file by a hard link, or a copy as old as it where the file system has no links."""
+def replicate(file: Path, replica: Path, *, durable: bool = True) -> None:
+    """Makes ``replica`` the same file by a hard link, or a copy as old as it where the file system has no links.
+
+    Args:
+        file: A published file.
+        replica: The name that it gets, too.
+        durable: Whether it must be on the disk first, see `NewFile`.
+    """
     temporary = temporary_name(replica)
     try:
         with _output_errors(replica):
@@ -173,8 +173,9 @@ def replicate(file: Path, replica: Path) -> None:
                     copy.flush()
                     stat = os.fstat(original.fileno())
                     os.utime(temporary, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-                    os.fsync(copy.fileno())
-            _commit(temporary, replica)
+                    if durable:
+                        os.fsync(copy.fileno())
+            _commit(temporary, replica, durable=durable)
     finally:
         # rename() of two links to the same file does nothing, so the temporary name may be left
         with contextlib.suppress(OSError):
@@ -207,14 +208,16 @@ def _write_exclusively(path: Path, content: bytes) -> bool:
     return True
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a small file atomically."""
-    with new_file(path) as out:
+def write_json(path: Path, content: Any, *, durable: bool = True) -> None:
+    """Writes a small file atomically, see `NewFile`."""
+    with new_file(path, durable=durable) as out:
         out.write(json.dumps(content, indent=1).encode())
 
 
-def _commit(temporary: Path, path: Path) -> None:
+def _commit(temporary: Path, path: Path, *, durable: bool) -> None:
     os.replace(temporary, path)
+    if not durable:
+        return
     fd = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(fd)

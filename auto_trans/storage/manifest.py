@@ -1,7 +1,8 @@
 """What a finished conversion says of itself, and the records by which an interrupted one is resumed.
 
 Every file that is published is on record; the manifest, written last, gathers the records. Both name the digest of the
-request that they were made for: a file counts as done only for the very same request.
+request that they were made for: a file counts as done only for the very same request. Both tell where the files were not
+synced, so that a power loss may have damaged what they vouch for: nobody who promises more than that believes them.
 """
 
 from __future__ import annotations
@@ -55,10 +56,11 @@ class Manifest:
         folder: The target folder.
         request: Digest of everything that the target is made from.
         world_size: Number of target ranks.
+        durable: Whether the files are synced; if so, records of files that were not are not believed.
     """
 
-    def __init__(self, folder: Path, request: str, world_size: int) -> None:
-        self._folder, self._request, self._world_size = folder, request, world_size
+    def __init__(self, folder: Path, request: str, world_size: int, *, durable: bool = True) -> None:
+        self._folder, self._request, self._world_size, self._durable = folder, request, world_size, durable
         self._known: dict[str, set[FileRecord]] = defaultdict(set)
         self.refresh()
 
@@ -66,7 +68,8 @@ class Manifest:
         """Reads what is recorded now, by other processes, too."""
         for path in (self._folder / MANIFEST_NAME, *sorted((self._folder / RECORDS_NAME).glob("*.json"))):
             content = _load(path)
-            if content.get("version") == _VERSION and content.get("request") == self._request:
+            kept = content.get("durable", True) is True or not self._durable
+            if kept and content.get("version") == _VERSION and content.get("request") == self._request:
                 self._add(_parse(content) or ())
 
     def rival(self) -> str:
@@ -140,7 +143,7 @@ class Manifest:
         """
         name = f"{records[0].file.replace('/', '_')}.json"
         pending = self._folder / RECORDS_NAME / f"{_PENDING}{name}"
-        write_json(pending, self._content(records))
+        write_json(pending, self._content(records), durable=self._durable)
         yield
         with contextlib.suppress(FileNotFoundError):  # these were the last, and another process has finished meanwhile
             pending.replace(pending.with_name(name))
@@ -159,7 +162,8 @@ class Manifest:
             if record is None:  # of thousands of files not one more is looked at
                 return False
             records.append(record)
-        write_json(self._folder / MANIFEST_NAME, {"world_size": self._world_size, **self._content(records)})
+        content = {"world_size": self._world_size, **self._content(records)}
+        write_json(self._folder / MANIFEST_NAME, content, durable=self._durable)
         shutil.rmtree(self._folder / RECORDS_NAME, ignore_errors=True)
         return True
 
@@ -168,7 +172,8 @@ class Manifest:
             self._known[record.file].add(record)
 
     def _content(self, records: Sequence[FileRecord]) -> dict[str, Any]:
-        return {"version": _VERSION, "request": self._request, "files": [asdict(record) for record in records]}
+        kept = {} if self._durable else {"durable": False}
+        return {"version": _VERSION, "request": self._request, **kept, "files": [asdict(record) for record in records]}
 
 
 def read_manifest(folder: Path) -> Optional[list[FileRecord]]:

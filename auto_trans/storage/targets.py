@@ -35,12 +35,15 @@ class Target(ABC):
         request: Digest of everything that they are made from.
         world_size: Number of target ranks.
         reuse: Keep files that are there already and were made for the same request.
+        durable: Whether files must be on the disk before they get their names.
     """
 
-    def __init__(self, folder: Path, format: Format, request: str, world_size: int, *, reuse: bool = True) -> None:
+    def __init__(
+        self, folder: Path, format: Format, request: str, world_size: int, *, reuse: bool = True, durable: bool = True
+    ) -> None:
         self.folder, self.format = folder, format
-        self._reuse = reuse
-        self._manifest = Manifest(folder, request, world_size)
+        self._reuse, self._durable = reuse, durable
+        self._manifest = Manifest(folder, request, world_size, durable=durable)
 
     @abstractmethod
     def arrange(self, plan: Plan) -> tuple[FilePlan, ...]:
@@ -94,10 +97,11 @@ class Target(ABC):
 
     def open(self, file: FilePlan) -> NewFile:
         """A new file for the first of the ranks of a plan."""
-        return NewFile(self.path(self.name(file.ranks[0], file.part)))
+        path = self.path(self.name(file.ranks[0], file.part))
+        return NewFile(path, durable=self._durable, least_bytes=file.nbytes)
 
     def publish(self, out: NewFile, file: FilePlan) -> list[FileRecord]:
-        """Syncs a file that is written and names it as the first rank's; the other ranks get replicas.
+        """Names a file that is written as the first rank's, synced if it is to be durable; the other ranks get replicas.
 
         Returns:
             The records of the ranks' files.
@@ -130,7 +134,7 @@ class Target(ABC):
 
     def _replicate(self, original: FileRecord, replicas: Iterable[FileRecord]) -> None:
         for replica in replicas:
-            replicate(self.path(original.file), self.path(replica.file))
+            replicate(self.path(original.file), self.path(replica.file), durable=self._durable)
 
     def _records(self, original: FileRecord, file: FilePlan) -> list[FileRecord]:
         return [replace(original, rank=rank, file=self.name(rank, file.part)) for rank in file.ranks]
@@ -146,12 +150,21 @@ class RankFolders(Target):
         world_size: Number of target ranks.
         prefix: Beginning of the files' names.
         reuse: Keep files that are there already and were made for the same request.
+        durable: Whether files must be on the disk before they get their names.
     """
 
     def __init__(
-        self, folder: Path, format: Format, request: str, world_size: int, *, prefix: str, reuse: bool = True
+        self,
+        folder: Path,
+        format: Format,
+        request: str,
+        world_size: int,
+        *,
+        prefix: str,
+        reuse: bool = True,
+        durable: bool = True,
     ) -> None:
-        super().__init__(folder, format, request, world_size, reuse=reuse)
+        super().__init__(folder, format, request, world_size, reuse=reuse, durable=durable)
         self._prefix, self._world_size = prefix, world_size
 
     def arrange(self, plan: Plan) -> tuple[FilePlan, ...]:
@@ -195,10 +208,13 @@ class SafetensorsSet(Target):
         request: Digest of everything that the files are made from.
         shard_size: Largest bytes of tensors in a file; a single larger one gets a file of its own.
         reuse: Keep files that are there already and were made for the same request.
+        durable: Whether files must be on the disk before they get their names.
     """
 
-    def __init__(self, folder: Path, request: str, *, shard_size: int, reuse: bool = True) -> None:
-        super().__init__(folder, FORMATS["safetensors"], request, 1, reuse=reuse)
+    def __init__(
+        self, folder: Path, request: str, *, shard_size: int, reuse: bool = True, durable: bool = True
+    ) -> None:
+        super().__init__(folder, FORMATS["safetensors"], request, 1, reuse=reuse, durable=durable)
         self._shard_size = shard_size
         self._names: list[str] = []
         self._weight_map: dict[str, str] = {}
@@ -253,7 +269,7 @@ class SafetensorsSet(Target):
             return False
         for name in INDEX_NAMES:
             index = {"metadata": {"total_size": self._total_size}, "weight_map": self._weight_map}
-            write_json(self.folder / name, index)
+            write_json(self.folder / name, index, durable=self._durable)
         return self._manifest.finish(self._names)
 
     def _split(self, tensors: Sequence[TensorPlan]) -> list[list[TensorPlan]]:

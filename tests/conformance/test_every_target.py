@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar
@@ -66,6 +67,28 @@ class Killer:
         return call
 
 
+@pytest.fixture
+def disk(monkeypatch):
+    """What was synced, and what got its name, in order, by the names that count in the end."""
+    calls, fsync, replace = [], os.fsync, os.replace
+
+    def name_of(path):
+        hidden = re.match(r"\.(.+)\.[0-9a-f]{16}-\d+-\d+-[0-9a-f]{8}\.tmp$", path.name)
+        return path.with_name(hidden[1]) if hidden else path
+
+    def sync(fd):
+        calls.append(("sync", name_of(Path(os.readlink(f"/proc/self/fd/{fd}")))))
+        fsync(fd)
+
+    def name(old, new):
+        replace(old, new)
+        calls.append(("name", Path(new)))
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", name)
+    return calls
+
+
 class TargetTests(ABC):
     """Arrange, check, begin, write, finish."""
 
@@ -74,8 +97,8 @@ class TargetTests(ABC):
         """A plan of several files."""
 
     @abstractmethod
-    def target(self, folder: Path, request: str = "request", *, reuse: bool = True) -> Target:
-        """A target; two of one request have the same digest."""
+    def target(self, folder: Path, request: str = "request", **options: bool) -> Target:
+        """A target with options that all have; two of one request have the same digest."""
 
     @abstractmethod
     def foreign(self) -> list[str]:
@@ -102,9 +125,9 @@ class TargetTests(ABC):
             out.write(self.content(target, file))
         return target.publish(out, file)
 
-    def convert(self, folder, request="request"):
+    def convert(self, folder, request="request", **options):
         """All that a conversion does with a target."""
-        target, files = self.opened(folder, request)
+        target, files = self.opened(folder, request, **options)
         target.check(files)
         target.begin(files)
         for file in files:
@@ -183,7 +206,8 @@ class TargetTests(ABC):
             raise KeyError
         assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
-    def test_kill_at_any_moment_leaves_only_what_is_complete_and_is_gone_on_from(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("durable", [True, False], ids=["durable", "not durable"])
+    def test_kill_at_any_moment_leaves_only_what_is_complete_and_is_gone_on_from(self, tmp_path, monkeypatch, durable):
         """Whatever was the last thing that it did, the next one finishes it."""
         monkeypatch.setattr(os, "fsync", lambda fd: None)  # nobody turns off the machine, and it takes long
         expected = self.expected(tmp_path / "none")
@@ -193,7 +217,7 @@ class TargetTests(ABC):
             with pytest.MonkeyPatch.context() as patched:
                 killer = Killer(patched, at)
                 with contextlib.suppress(Killed):
-                    finished = self.convert(folder)
+                    finished = self.convert(folder, durable=durable)
             there = self.snapshot(folder) if folder.exists() else {}
             for name, content in there.items():
                 if name.endswith((".json", "claim")):
@@ -203,13 +227,55 @@ class TargetTests(ABC):
             before = {name: (folder / name).stat().st_mtime_ns for name in there if name in expected}
             if MANIFEST_NAME in there:
                 assert set(before) == set(expected), "finished, but a file is missing"
-            assert self.convert(folder), f"killed after {at} calls it cannot go on"
+            assert self.convert(folder, durable=durable), f"killed after {at} calls it cannot go on"
             assert self.weights(folder) == expected
             after = {name: (folder / name).stat().st_mtime_ns for name in before}
             assert before == after, "what was complete is not written again"
             assert not (folder / RECORDS_NAME).exists()
             at += 1
         assert killer.count == at - 1 > 20
+
+    def test_what_is_durable_is_on_the_disk_before_it_bears_its_name(self, tmp_path, disk):
+        """So is then the name; the contents of replicas are there already."""
+        assert self.convert(tmp_path)
+        target, files = self.opened(tmp_path)
+        replicas = {name for file in files for name in target.names(file)[1:]}
+        for name in self.snapshot(tmp_path):
+            path = tmp_path / name
+            at = disk.index(("name", path))
+            assert name in replicas or ("sync", path) in disk[:at], f"{name} is not on the disk"
+            assert ("sync", path.parent) in disk[at:], f"that it is called {name} is not on the disk"
+
+    def test_what_is_not_durable_never_waits_for_the_disk(self, tmp_path, disk):
+        assert self.convert(tmp_path, durable=False)
+        assert self.weights(tmp_path) == self.expected(tmp_path)
+        assert [path for call, path in disk if call == "sync"] == []
+
+    def test_what_was_not_synced_is_not_believed_where_everything_is(self, tmp_path):
+        """A power loss may have taken its contents, and left its name and its record."""
+        for folder, whole in ((tmp_path / "part", False), (tmp_path / "whole", True)):
+            if whole:
+                assert self.convert(folder, durable=False)
+            else:
+                target, files = self.opened(folder, durable=False)
+                target.begin(files)
+                self.write(target, files[0])
+            before = self.snapshot(folder)
+            target, files = self.opened(folder)
+            assert not any(target.done(rank, file.part) for file in files for rank in file.ranks)
+            assert not target.finish()
+            with pytest.raises(OutputExistsError):
+                target.check(files)
+            assert self.snapshot(folder) == before
+            assert self.convert(folder, durable=False), "the job itself goes on with it"
+            kept = self.snapshot(folder)
+            assert all(kept[name] == content for name, content in before.items() if name in self.expected(folder))
+
+    def test_what_was_synced_is_believed_by_all(self, tmp_path):
+        assert self.convert(tmp_path)
+        target, files = self.opened(tmp_path, durable=False)
+        target.check(files)
+        assert all(target.done(rank, file.part) for file in files for rank in file.ranks)
 
     def test_finished_target_is_kept(self, tmp_path):
         self.convert(tmp_path)
@@ -369,8 +435,8 @@ class RankFoldersTests(TargetTests):
     def plan(self):
         return plan_of(Strategy.complete(), SLICED, {0: FULL})
 
-    def target(self, folder, request="request", *, reuse=True):
-        return RankFolders(folder, FORMATS[self.format], request, 4, prefix="checkpoint_", reuse=reuse)
+    def target(self, folder, request="request", **options):
+        return RankFolders(folder, FORMATS[self.format], request, 4, prefix="checkpoint_", **options)
 
     def foreign(self):
         endings = [f"rank_3/{stem}.{name}" for stem in ("checkpoint_3", "net_rank_3-1_1") for name in FORMATS]
@@ -392,8 +458,8 @@ class TestSafetensorsSet(TargetTests):
     def plan(self):
         return plan_of(SLICED, Strategy.complete(), hold(FULL, SLICED))
 
-    def target(self, folder, request="request", *, reuse=True):
-        return SafetensorsSet(folder, request, shard_size=64, reuse=reuse)
+    def target(self, folder, request="request", **options):
+        return SafetensorsSet(folder, request, shard_size=64, **options)
 
     def foreign(self):
         return [
@@ -418,8 +484,8 @@ class TestIteration(TargetTests):
     def plan(self):
         return plan_of(Strategy.complete(), self.STRATEGY, {0: self.FULL})
 
-    def target(self, folder, request="request", *, reuse=True):
-        return Iteration(folder, request, self.STRATEGY, 7, Common(1, 7, 7), prefix="tiny", reuse=reuse)
+    def target(self, folder, request="request", **options):
+        return Iteration(folder, request, self.STRATEGY, 7, Common(1, 7, 7), prefix="tiny", **options)
 
     def foreign(self):
         names = [

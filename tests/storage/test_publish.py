@@ -6,7 +6,8 @@ import os
 import pytest
 import xxhash
 
-from auto_trans.core.plan import FilePlan
+from auto_trans.core.plan import FilePlan, TensorPlan
+from auto_trans.core.tensor import Box, Tensor
 from auto_trans.errors import InsufficientDiskError, OutputError
 from auto_trans.storage import files as publish
 from auto_trans.storage.files import NewFile, Publisher, new_file, replicate
@@ -77,6 +78,65 @@ def test_state_that_is_recorded_is_that_of_the_last_write(tmp_path):
         assert out.sync().st_size == 11
 
 
+def test_file_that_is_not_durable_appears_only_complete_and_is_never_synced(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish.os, "fsync", lambda fd: pytest.fail("synced"))
+    monkeypatch.setattr(publish, "start_writing_out", lambda *extent: pytest.fail("written out"))
+    monkeypatch.setattr(publish, "_FLUSH_BYTES", 4)
+    with new_file(tmp_path / "x.ckpt", durable=False) as out:
+        out.write(b"weights")
+        assert not (tmp_path / "x.ckpt").exists()
+        state = out.sync()
+    assert (tmp_path / "x.ckpt").read_bytes() == b"weights"
+    assert (tmp_path / "x.ckpt").stat().st_mtime_ns == state.st_mtime_ns
+    assert [f.name for f in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_writing_out_begins_while_the_file_is_written_and_no_page_is_dropped(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(publish.os, "posix_fadvise", lambda *advice: pytest.fail("the loader reads these pages"))
+    monkeypatch.setattr(publish, "_FLUSH_BYTES", 6)
+    monkeypatch.setattr(publish, "start_writing_out", lambda fd, offset, nbytes: begun.append((offset, nbytes)))
+    with new_file(tmp_path / "x.ckpt") as out:
+        for part in (b"abc", b"defg", b"h", b"ijklmn", b"o"):
+            out.write(part)
+    assert begun == [(0, 7), (7, 7)]
+
+
+def test_place_that_is_reserved_is_no_part_of_the_file(tmp_path):
+    for written in (b"", b"weights", b"w" * 3_000_000):
+        with NewFile(tmp_path / "x.ckpt", least_bytes=1_000_000) as out:
+            out.write(written)
+            assert out.sync().st_size == len(written)
+            out.publish()
+        assert (tmp_path / "x.ckpt").read_bytes() == written
+
+
+def test_place_that_cannot_be_reserved_is_no_error(tmp_path):
+    """The file may become smaller, and what cannot be written is told when it is."""
+    with NewFile(tmp_path / "x.ckpt", least_bytes=2**62) as out:
+        out.write(b"weights")
+        out.publish()
+    assert (tmp_path / "x.ckpt").read_bytes() == b"weights"
+
+
+def test_place_of_a_target_file_is_reserved_before_it_is_written(tmp_path, monkeypatch):
+    reserved = []
+    monkeypatch.setattr(publish, "reserve", lambda fd, nbytes: reserved.append((os.fstat(fd).st_size, nbytes)))
+    tensor = Tensor("w", "Float32", (3, 4), 4)
+    with target_of(tmp_path).open(FilePlan((0,), (TensorPlan(tensor, Box.whole((3, 4)), ()),))) as out:
+        out.discard()
+    assert reserved == [(0, 48)]
+
+
+def test_writing_out_changes_nothing_in_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "_FLUSH_BYTES", 1)
+    with new_file(tmp_path / "x.ckpt") as out:
+        for _ in range(3):
+            out.write(b"weights" * 1000)
+    assert (tmp_path / "x.ckpt").read_bytes() == b"weights" * 3000
+    publish.start_writing_out(-1, 0, 1)  # what cannot be started is no error: syncing tells
+
+
 def test_unwritable_place_is_named(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OutputError, match="cannot be written"), new_file(tmp_path / "file" / "x.ckpt"):
@@ -102,6 +162,17 @@ def test_replica_is_a_copy_where_links_do_not_work(tmp_path, monkeypatch):
     assert not os.path.samefile(tmp_path / "a", tmp_path / "b")
 
 
+def test_copy_that_is_not_durable_is_never_synced(tmp_path, monkeypatch):
+    def no_links(*args, **kwargs):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(publish.os, "link", no_links)
+    monkeypatch.setattr(publish.os, "fsync", lambda fd: pytest.fail("synced"))
+    (tmp_path / "a").write_bytes(b"weights")
+    replicate(tmp_path / "a", tmp_path / "b", durable=False)
+    assert (tmp_path / "b").read_bytes() == b"weights"
+
+
 def target_of(folder):
     return RankFolders(folder, FORMATS["ckpt"], "request", 2, prefix="checkpoint_")
 
@@ -113,7 +184,7 @@ def test_file_is_on_record_before_it_bears_its_name(tmp_path, monkeypatch):
     """Killed between the two, it would be refused as a foreign file when the conversion is started again."""
     named = []
 
-    def name_and_die(temporary, path):
+    def name_and_die(temporary, path, **options):
         os.replace(temporary, path)
         named.append(path.name)
         if path.name == "checkpoint_0.ckpt":

@@ -93,7 +93,7 @@ def test_indices_come_before_the_manifest(tmp_path, monkeypatch):
     for module in ("targets", "manifest"):
         monkeypatch.setattr(
             f"auto_trans.storage.{module}.write_json",
-            lambda path, content: (written.append(path.name), write_json(path, content)),
+            lambda path, content, **options: (written.append(path.name), write_json(path, content, **options)),
         )
     assert target.finish() and written == [*INDEX_NAMES, MANIFEST_NAME]
 

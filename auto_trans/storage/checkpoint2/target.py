@@ -60,6 +60,7 @@ class Iteration(Target):
         common: The numbers of common.json.
         prefix: Beginning of the files' names, without the dash after it; may be empty.
         reuse: Keep files that are there already and were made for the same request.
+        durable: Whether files must be on the disk before they get their names.
     """
 
     def __init__(
@@ -72,8 +73,9 @@ class Iteration(Target):
         *,
         prefix: str = "",
         reuse: bool = True,
+        durable: bool = True,
     ) -> None:
-        super().__init__(folder, FORMATS["safetensors"], request, strategy.world_size, reuse=reuse)
+        super().__init__(folder, FORMATS["safetensors"], request, strategy.world_size, reuse=reuse, durable=durable)
         self._strategy, self._number, self._common = strategy, number, common
         self._prefix = f"{prefix}-" if prefix else ""
         self._names: list[str] = []
@@ -134,12 +136,12 @@ class Iteration(Target):
         if not all(self._manifest.done(name) for name in self._names):
             return False
         if self._strategy.world_size > 1:
-            with new_file(self.folder / self._iteration / METADATA_NAME) as out:
+            with new_file(self.folder / self._iteration / METADATA_NAME, durable=self._durable) as out:
                 out.write(json.dumps(format_metadata(self._saved()), separators=(",", ":")).encode())
-        write_json(self.folder / self._iteration / COMMON_NAME, self._common.as_json())
+        write_json(self.folder / self._iteration / COMMON_NAME, self._common.as_json(), durable=self._durable)
         if not self._manifest.finish(self._names):
             return False
-        with new_file(self.folder / TRACKER_NAME) as out:
+        with new_file(self.folder / TRACKER_NAME, durable=self._durable) as out:
             out.write(str(self._number).encode())
         lacking = [
             name for name in ("epoch_num", "step_num", "global_batch_size") if getattr(self._common, name) is None

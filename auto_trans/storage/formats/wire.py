@@ -22,6 +22,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _HIGHEST_FIELD = 2**29 - 1
 _LONGEST_TEXT = 64 * 1024
 _WINDOW_BYTES = 1024
+_BYTE = [bytes((value,)) for value in range(0x80)]
 
 
 class WireError(ValueError):
@@ -129,6 +130,10 @@ class WireReader:
         return value
 
     def _varint(self) -> int:
+        begin = self.position - self._start
+        if 0 <= begin < len(self._window) and self.position < self.end and self._window[begin] < 0x80:
+            self.position += 1  # most numbers are a byte, which is here already
+            return self._window[begin]
         value = shift = 0
         while True:
             byte = self._take(1)[0]
@@ -171,6 +176,8 @@ def number_field(number: int, value: int) -> bytes:
 
 
 def _varint(value: int) -> bytes:
+    if value < 0x80:
+        return _BYTE[value]
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
