@@ -135,7 +135,10 @@ def assemble(tensors: Sequence[TensorPlan], progress: Optional[Progress] = None)
             gatherer.fill(tensor, data)
             files.update({copy.shard.file.path: copy.shard.file for copy in tensor.copies})
             shape = tensor.shape if tensor.dtype in ITEM_BYTES else tensor.dims
-            yield Loaded(tensor.name, tensor.dtype, shape, data)
+            loaded = Loaded(tensor.name, tensor.dtype, shape, data)
+            del data  # what is yielded is the caller's alone
+            yield loaded
+            del loaded
             if progress is not None:
                 progress(tensor.nbytes)
         gatherer.check_unchanged(list(files.values()))

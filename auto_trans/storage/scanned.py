@@ -95,7 +95,8 @@ class ScannedFiles:
         """How the files are; reads the heads of all."""
         for rank in self.ranks:
             self.heads(rank)
-        return {path: FileState(head.size, head.mtime_ns) for path, head in self._scanned.items()}
+        heads = [*self._scanned.values(), *([self._common] if self._common is not None else [])]
+        return {head.path: FileState(head.size, head.mtime_ns) for head in heads}
 
     def describe(self, rank: int) -> str:
         """The files of a rank, for messages."""
@@ -109,18 +110,24 @@ class ScannedFiles:
     def _common(self) -> Optional[FileHead]:
         """The numbers of the common.json of a Checkpoint 2.0."""
         path = self.checkpoint.path / COMMON_NAME
-        return common_head(path, read_common(path))
+        head = common_head(path, read_common(path)) if self.checkpoint.iteration else None
+        if head is not None:
+            self._check_state(head)
+        return head
 
     def _scan(self, file: Path) -> FileHead:
         if file not in self._scanned:
             head = scan(file)
-            now = FileState(head.size, head.mtime_ns)
-            if self._states.get(file, now) != now:
-                raise SourceChangedError(
-                    f"{file} was written to since it was chosen to be loaded; start again once the weights are saved"
-                )
+            self._check_state(head)
             self._scanned[file] = head
         return self._scanned[file]
+
+    def _check_state(self, head: FileHead) -> None:
+        now = FileState(head.size, head.mtime_ns)
+        if self._states.get(head.path, now) != now:
+            raise SourceChangedError(
+                f"{head.path} was written to since it was chosen to be loaded; start again once the weights are saved"
+            )
 
     def _of_iteration(self, rank: int, heads: Sequence[FileHead]) -> list[FileHead]:
         """What the files of a Checkpoint 2.0 hold for a rank."""
