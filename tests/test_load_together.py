@@ -21,6 +21,7 @@ from builders import hold, save, strategy
 from auto_trans import load_together as module
 from auto_trans import read_strategy
 from auto_trans.config import Timing
+from auto_trans.coordination import session
 from auto_trans.coordination.joining import Joined
 from auto_trans.coordination.session import Session
 from auto_trans.core.consistency import Network
@@ -124,11 +125,11 @@ class Job:
     def _live(self, rank):
         if self.processes[rank] is not HERE:
             return
-        session = Session(Joined(self.folder / "session", tuple(self.processes)), rank, TIMING)
+        own = Session(Joined(self.folder / "session", tuple(self.processes)), rank, TIMING)
         try:
-            self.loaded[rank] = load_together(session, self._shared(rank))
+            self.loaded[rank] = load_together(own, self._shared(rank))
         except AutoTransError as e:
-            session.fail(e)
+            own.fail(e)
             self.errors[rank] = e
 
     def _shared(self, rank):
@@ -141,6 +142,12 @@ class Job:
             self.folder / "report.json", network=self.networks.get(rank),
         )  # fmt: skip
         return dataclasses.replace(shared, **self.options)
+
+
+@pytest.fixture(autouse=True)
+def watchful(monkeypatch):
+    """Ranks that wait look for failures often, so that the tests are quick."""
+    monkeypatch.setattr(session, "_WATCH_SECONDS", 0.02)
 
 
 @pytest.fixture
