@@ -74,9 +74,9 @@ def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
     Raises:
         AutoTransError: A slice cannot be read, or is of a type that MindSpore does not know.
     """
-    import mindspore
     from mindspore import Parameter, Tensor
     from mindspore.common.np_dtype import bfloat16
+    from mindspore.train.serialization import Tensor_, tensor_to_ms_type
 
     parameters: dict[str, Any] = {}
     for one in slices:
@@ -89,13 +89,13 @@ def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
         elif one.dtype == "str":
             parameter = as_text(one)
         else:
-            kind = mindspore.train.serialization.tensor_to_ms_type.get(one.dtype)
+            kind = tensor_to_ms_type.get(one.dtype)
             if kind is None:
                 raise UnsupportedCheckpointError(
                     f"parameter {one.name} is of type {one.dtype}, which this MindSpore does not know; load it with the one "
                     f"that saved it, or leave it out"
                 )
-            packed = mindspore.common.tensor.Tensor_.convert_bytes_to_tensor(one.data.tobytes(), one.shape, kind)
+            packed = Tensor_.convert_bytes_to_tensor(one.data.tobytes(), one.shape, kind)
             parameter = Parameter(packed, name=one.name)
         parameters[one.name] = parameter
     return parameters
