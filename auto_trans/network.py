@@ -76,7 +76,6 @@ def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
     """
     from mindspore import Parameter, Tensor
     from mindspore.common.np_dtype import bfloat16
-    from mindspore.train.serialization import Tensor_, tensor_to_ms_type
 
     parameters: dict[str, Any] = {}
     for one in slices:
@@ -89,6 +88,8 @@ def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
         elif one.dtype == "str":
             parameter = as_text(one)
         else:
+            from mindspore.train.serialization import Tensor_, tensor_to_ms_type
+
             kind = tensor_to_ms_type.get(one.dtype)
             if kind is None:
                 raise UnsupportedCheckpointError(
