@@ -17,6 +17,7 @@ import numpy as np
 import oracle
 import pytest
 from builders import hold, save, strategy
+from checkpoint2_files import COMMON, write_iteration
 
 from auto_trans import load_together as module
 from auto_trans import read_strategy
@@ -238,6 +239,25 @@ def test_stages_are_loaded_and_their_strategies_merged(genuine, tmp_path, snapsh
     assert to.stages == 1 or read_strategy(merged).layouts == to.layouts
 
 
+def checkpoint2(folder):
+    """A job whose source is a Checkpoint 2.0, and the folder of its iteration."""
+    job = Job(folder, Strategy.complete())
+    job.full = {name: FULL[name].astype(np.float32) for name in LISTED}
+    iteration = write_iteration(job.src, job.full, strategy(dict.fromkeys(LISTED, ROWS)), common=COMMON)
+    return job, iteration
+
+
+def test_checkpoint_2_tells_of_itself_how_it_is_sliced(tmp_path):
+    job, _ = checkpoint2(tmp_path)
+    assert not job.run(), job.errors
+    for rank, held in hold(job.full, job.target).items():
+        got = {one.name: one.data for one in job.loaded[rank]}
+        assert all(
+            np.array_equal(got[name].view(np.float32).reshape(array.shape), array) for name, array in held.items()
+        )
+        assert got["global_step"].view(np.int32) == COMMON["global_step"], "the numbers come from common.json"
+
+
 def test_parameters_bear_the_names_that_the_network_has_for_them(tmp_path):
     job = Job(tmp_path, Strategy.complete())
     job.src = tmp_path / "net.safetensors"
@@ -443,6 +463,19 @@ def test_source_that_changes_while_a_rank_reads_it_is_noticed(tmp_path, monkeypa
     original = module.assemble
     monkeypatch.setattr(module, "assemble", read_and_touch)
     job.fails(SourceChangedError, str(job.file(3)), 3)
+
+
+@pytest.mark.parametrize("name", ["common.json", "metadata.json"])
+def test_what_tells_of_a_checkpoint_2_and_changes_after_rank_0_looked_is_noticed(tmp_path, monkeypatch, name):
+    job, iteration = checkpoint2(tmp_path)
+    once_prepared(monkeypatch, 1, lambda: os.utime(iteration / name, ns=(0, 0)))
+    errors = job.run()
+    assert sorted(errors) == list(range(4)) and not job.loaded, (
+        "all ranks read it, and the first that notices tells all"
+    )
+    message = f"{iteration / name} was written to since it was chosen"
+    assert all(message in str(error) for error in errors.values())
+    assert any(isinstance(error, SourceChangedError) for error in errors.values())
 
 
 def test_rank_that_is_dead_is_named(job):
