@@ -50,6 +50,7 @@ TIMING = Timing(poll_min=0.002, poll_max=0.02, heartbeat_interval=0.5, heartbeat
 HERE = Process.current()
 DP4, MP4 = Layout((4,), ((), ())), Layout((4,), ((0,), ()))
 ROWS, COLUMNS = Layout((2, 2), ((0,), ())), Layout((2, 2), ((), (0,)))  # each slice lies with two ranks
+LAYOUTS = {"rows": ROWS, "columns": COLUMNS, "dp4": DP4, "mp4": MP4}
 FULL = {"layer.w": np.arange(32).reshape(4, 8), "layer.v": np.arange(16).reshape(4, 4), "global_step": np.array(9)}
 LISTED = ["layer.w", "layer.v"]
 
@@ -185,10 +186,10 @@ def once_prepared(monkeypatch, rank, do):
 # what each rank gets
 
 
-@pytest.mark.parametrize("target", [ROWS, COLUMNS, DP4, MP4, Strategy.complete(4)], ids=str)
-@pytest.mark.parametrize("source", [ROWS, COLUMNS, DP4, MP4], ids=str)
+@pytest.mark.parametrize("target", [*LAYOUTS, "complete"])
+@pytest.mark.parametrize("source", LAYOUTS)
 def test_every_rank_gets_its_slices_and_nothing_is_written_but_the_report(tmp_path, snapshot, source, target):
-    job = Job(tmp_path, source, target).save()
+    job = Job(tmp_path, LAYOUTS[source], LAYOUTS.get(target, Strategy.complete(4))).save()
     before = snapshot(tmp_path)
     job.succeeds()
     after = snapshot(tmp_path)
