@@ -471,12 +471,11 @@ def test_what_tells_of_a_checkpoint_2_and_changes_after_rank_0_looked_is_noticed
     job, iteration = checkpoint2(tmp_path)
     once_prepared(monkeypatch, 1, lambda: os.utime(iteration / name, ns=(0, 0)))
     errors = job.run()
-    assert sorted(errors) == list(range(4)) and not job.loaded, (
-        "all ranks read it, and the first that notices tells all"
-    )
-    message = f"{iteration / name} was written to since it was chosen"
-    assert all(message in str(error) for error in errors.values())
-    assert any(isinstance(error, SourceChangedError) for error in errors.values())
+    assert sorted(errors) == list(range(4)) and not job.loaded
+    assert isinstance(errors[1], SourceChangedError)
+    assert f"{iteration / name} was written to since it was chosen" in str(errors[1])
+    # all ranks read it: who was quicker notices it while it reads, or is told of it by whoever noticed it first
+    assert all(str(iteration / name) in str(error) for error in errors.values())
 
 
 def test_rank_that_is_dead_is_named(job):
