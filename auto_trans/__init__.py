@@ -6,9 +6,12 @@ not pay for more.
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from auto_trans.arrays import load as load
+    from auto_trans.arrays import load_each as load_each
     from auto_trans.core.strategy import Strategy as Strategy
     from auto_trans.errors import AutoTransError as AutoTransError
     from auto_trans.hooks.installation import install as install
+    from auto_trans.network import load_into as load_into
     from auto_trans.offline import convert as convert
     from auto_trans.report import ConversionReport as ConversionReport
     from auto_trans.storage.strategies import merge_strategies as merge_strategies
@@ -22,6 +25,9 @@ _PUBLIC = {
     "Strategy": "auto_trans.core.strategy",
     "convert": "auto_trans.offline",
     "install": "auto_trans.hooks.installation",
+    "load": "auto_trans.arrays",
+    "load_each": "auto_trans.arrays",
+    "load_into": "auto_trans.network",
     "merge_strategies": "auto_trans.storage.strategies",
     "read_strategy": "auto_trans.storage.strategies",
 }

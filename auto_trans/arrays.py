@@ -7,14 +7,18 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
+from auto_trans.core.plan import TensorPlan
 from auto_trans.core.rules import Allowed
-from auto_trans.errors import ConfigError, ConfigTypeError
+from auto_trans.core.tensor import ITEM_BYTES
+from auto_trans.errors import ConfigError, ConfigTypeError, CorruptCheckpointError
 from auto_trans.loading import Loaded, Names, assemble, file_of_rank
 from auto_trans.planned import Planned
 from auto_trans.request import as_path
 from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy, find_source
 
-__all__ = ["choose_names", "load", "load_each", "load_slices"]
+__all__ = ["as_array", "as_text", "choose_names", "find_slices", "load", "load_each"]
+
+_BFLOAT16_BYTES = ITEM_BYTES["BFloat16"]
 
 _NUMPY: dict[str, Any] = {
     "Bool": np.bool_, "Int8": np.int8, "UInt8": np.uint8, "Int16": np.int16, "UInt16": np.uint16, "Int32": np.int32,
@@ -101,11 +105,11 @@ def load_each(
     """
     chosen = choose_names(names, only_prefix, skip_prefix)
     allowed = Allowed.of(allow_extra, allow_missing)
-    slices = load_slices(src, rank, src_strategy, dst_strategy, chosen, step=step, allowed=allowed)
-    return ((one.name, as_array(one, bfloat16)) for one in slices)
+    tensors = find_slices(src, rank, src_strategy, dst_strategy, chosen, step=step, allowed=allowed)
+    return _as_arrays(assemble(tensors), _type_for(tensors, bfloat16))
 
 
-def load_slices(
+def find_slices(
     src: PathLike,
     rank: int,
     src_strategy: StrategyLike,
@@ -114,8 +118,8 @@ def load_slices(
     *,
     step: Optional[str],
     allowed: Allowed,
-) -> Iterator[Loaded]:
-    """Finds, plans and checks; the slices are read as they are asked for. See `load` for the arguments.
+) -> list[TensorPlan]:
+    """Finds, plans and checks; nothing is assembled yet. See `load` for the arguments.
 
     Raises:
         AutoTransError: Anything that is wrong with the input, see `auto_trans.errors`.
@@ -126,9 +130,10 @@ def load_slices(
     checkpoint = find_source(as_path("«src»", src), from_strategy, step=step)
     planned = Planned(checkpoint, from_strategy, to_strategy, [rank], allowed=allowed)
     tensors = names.choose(file_of_rank(planned, rank).tensors)
+    planned.check_heads()
     planned.check_carried()
     planned.log()
-    return assemble(tensors)
+    return tensors
 
 
 def choose_names(
@@ -145,14 +150,14 @@ def choose_names(
         (given,) if isinstance(given, str) else tuple(given) if isinstance(given, Iterable) else (given,)
         for given in (only_prefix, skip_prefix)
     )
-    chosen = None if names is None else frozenset(names)
+    chosen = None if names is None else tuple(names)
     for what, given in (("names", chosen or ()), ("only_prefix", only), ("skip_prefix", skip)):
         if not all(isinstance(one, str) and one for one in given):
             raise ConfigTypeError(f"{what} must be names of parameters, or their beginnings, not {given!r}")
-    return Names(chosen, only, skip)
+    return Names(None if chosen is None else frozenset(chosen), only, skip)
 
 
-def as_array(loaded: Loaded, bfloat16: Any = None) -> np.ndarray:
+def as_array(loaded: Loaded, bfloat16: Any) -> np.ndarray:
     """A slice as an array of numpy, which holds the same bytes.
 
     Args:
@@ -160,19 +165,51 @@ def as_array(loaded: Loaded, bfloat16: Any = None) -> np.ndarray:
         bfloat16: The type for BFloat16, see `load`.
 
     Raises:
-        ConfigError: It is BFloat16, for which there is no type.
+        CorruptCheckpointError: It is a string that holds no characters.
     """
     data, dtype = loaded.data, loaded.dtype
     if dtype == "BFloat16":
-        return data.view(_bfloat16(loaded.name) if bfloat16 is None else bfloat16).reshape(loaded.shape)
+        return data.view(bfloat16).reshape(loaded.shape)
     if dtype in _NUMPY:
         return data.view(_NUMPY[dtype]).reshape(loaded.shape)
     if dtype == "str":
-        return np.array(data.tobytes().decode("utf-32-le"))
+        return np.array(as_text(loaded))
     return data
 
 
-def _bfloat16(name: str) -> Any:
+def as_text(loaded: Loaded) -> str:
+    """What a string holds.
+
+    Raises:
+        CorruptCheckpointError: No characters.
+    """
+    try:
+        return loaded.data.tobytes().decode("utf-32-le").rstrip("\0")  # with which numpy fills up
+    except UnicodeDecodeError as e:
+        raise CorruptCheckpointError(f"parameter {loaded.name} is no text: {e}; save the checkpoint again") from e
+
+
+def _as_arrays(slices: Iterator[Loaded], bfloat16: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for one in slices:
+        named = one.name, as_array(one, bfloat16)
+        del one  # or its memory would be held while the next is read
+        yield named
+        del named
+
+
+def _type_for(tensors: Iterable[TensorPlan], given: Any) -> Any:
+    """The type for BFloat16 that a caller gives, or if there is need of one, that of ml_dtypes.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if given is not None:
+        if not isinstance(given, (type, np.dtype)) or np.dtype(given).itemsize != _BFLOAT16_BYTES:
+            raise ConfigTypeError(f"bfloat16 must be a type of numpy of {_BFLOAT16_BYTES} bytes, not {given!r}")
+        return given
+    name = next((tensor.name for tensor in tensors if tensor.dtype == "BFloat16"), None)
+    if name is None:
+        return None
     try:
         import ml_dtypes
     except ImportError:

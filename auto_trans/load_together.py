@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -70,12 +71,13 @@ class _Chosen:
     from_strategy: Strategy
     to_strategy: Strategy
     edits: tuple[Edit, ...]
-    states: Mapping[Path, FileState]
+    states: Optional[Mapping[Path, FileState]] = None
+    holders: Optional[Mapping[str, int]] = None
 
     def planned(self, ranks: Sequence[int], allowed: Allowed) -> Planned:
         return Planned(
             self.checkpoint, self.from_strategy, self.to_strategy, ranks, edits=self.edits, allowed=allowed,
-            states=self.states,
+            states=self.states, holders=self.holders,
         )  # fmt: skip
 
 
@@ -118,14 +120,14 @@ def _lead(session: Session, shared: SharedLoad) -> list[_Chosen]:
     for checkpoint in find_sources(shared.src, source, shared.resume_file):
         names = shared.read_names(checkpoint)
         edits = (Rename(tuple(names.items())),) if names else ()
-        chosen = _Chosen(checkpoint, checkpoint.strategy(source), target, edits, {})
+        chosen = _Chosen(checkpoint, checkpoint.strategy(source), target, edits)
         planned = chosen.planned(first_ranks, shared.allowed)
         planned.check_heads()
         planned.check_whole()
         planned.check_carried()
         planned.log()
         logger.info("%s", _reason(planned))
-        found.append(_Chosen(checkpoint, planned.from_strategy, target, edits, planned.heads.states()))
+        found.append(replace(chosen, states=planned.heads.states(), holders=planned.source.holders))
     session.post("prepared", _to_json(found))
     return found
 
@@ -190,11 +192,17 @@ def _to_json(chosen: Sequence[_Chosen]) -> dict[str, Any]:
                 **one.checkpoint.as_json(),
                 "from_strategy": one.from_strategy.as_json(),
                 "names": [pair for edit in one.edits if isinstance(edit, Rename) for pair in edit.names],
-                "states": {str(path): state for path, state in one.states.items()},
+                "states": {str(path): state for path, state in (one.states or {}).items()},
+                "holders": _runs(one.holders or {}),
             }
             for one in chosen
         ],
     }
+
+
+def _runs(holders: Mapping[str, int]) -> list[tuple[int, list[str]]]:
+    """The parameters in their order, by the rank that holds them."""
+    return [(rank, list(names)) for rank, names in groupby(holders, key=holders.__getitem__)]
 
 
 def _from_json(content: Mapping[str, Any]) -> list[_Chosen]:
@@ -206,6 +214,7 @@ def _from_json(content: Mapping[str, Any]) -> list[_Chosen]:
             target,
             (Rename(tuple((name, old) for name, old in one["names"])),) if one["names"] else (),
             {Path(path): FileState(*state) for path, state in one["states"].items()},
+            {name: rank for rank, names in one["holders"] for name in names},
         )
         for one in content["checkpoints"]
     ]

@@ -135,7 +135,10 @@ def assemble(tensors: Sequence[TensorPlan], progress: Optional[Progress] = None)
             gatherer.fill(tensor, data)
             files.update({copy.shard.file.path: copy.shard.file for copy in tensor.copies})
             shape = tensor.shape if tensor.dtype in ITEM_BYTES else tensor.dims
-            yield Loaded(tensor.name, tensor.dtype, shape, data)
+            loaded = Loaded(tensor.name, tensor.dtype, shape, data)
+            del data  # what is yielded is the caller's alone
+            yield loaded
+            del loaded
             if progress is not None:
                 progress(tensor.nbytes)
         gatherer.check_unchanged(list(files.values()))
@@ -164,9 +167,16 @@ class _Slabs:
     def take(self, nbytes: int) -> np.ndarray:
         """An array of uint8 whose contents are anything."""
         if nbytes > _SLAB_BYTES:
-            return np.empty(nbytes, np.uint8)
+            return _aligned(nbytes)
         if nbytes > self._rest.nbytes:
-            self._rest = np.empty(_SLAB_BYTES, np.uint8)
+            del self._rest  # of which nothing may be held any more
+            self._rest = _aligned(_SLAB_BYTES)
         taken = self._rest[:nbytes]
         self._rest = self._rest[-(-nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES :]
         return taken
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    memory = np.empty(nbytes + _ALIGNED_BYTES, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNED_BYTES
+    return memory[begin : begin + nbytes]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Optional, Union
 
-from auto_trans.arrays import as_array, choose_names, load_slices
+from auto_trans.arrays import as_array, as_text, choose_names, find_slices
 from auto_trans.core.rules import Allowed
 from auto_trans.core.tensor import ITEM_BYTES
-from auto_trans.loading import Loaded
+from auto_trans.errors import UnsupportedCheckpointError
+from auto_trans.loading import Loaded, assemble
 from auto_trans.storage.sources import PathLike, StrategyLike
 
 __all__ = ["as_parameters", "load_into"]
@@ -57,11 +58,11 @@ def load_into(
     """
     import mindspore
 
-    slices = load_slices(
+    tensors = find_slices(
         src, _rank() if rank is None else rank, src_strategy, dst_strategy,
         choose_names(names, only_prefix, skip_prefix), step=step, allowed=Allowed.of(allow_extra, allow_missing),
     )  # fmt: skip
-    not_loaded, unknown = mindspore.load_param_into_net(network, as_parameters(slices), strict_load)
+    not_loaded, unknown = mindspore.load_param_into_net(network, as_parameters(assemble(tensors)), strict_load)
     return list(not_loaded), list(unknown)
 
 
@@ -69,8 +70,10 @@ def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
     """Slices as ``mindspore.load_checkpoint`` would return them, by name; strings as strings.
 
     On a CPU a parameter takes the array as it is, so that there is no second copy.
+
+    Raises:
+        AutoTransError: A slice cannot be read, or is of a type that MindSpore does not know.
     """
-    import mindspore
     from mindspore import Parameter, Tensor
     from mindspore.common.np_dtype import bfloat16
 
@@ -83,11 +86,17 @@ def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
             parameter.set_data(tensor, slice_shape=True)
             parameter.sliced = False
         elif one.dtype == "str":
-            parameter = str(as_array(one))
+            parameter = as_text(one)
         else:
-            packed = mindspore.common.tensor.Tensor_.convert_bytes_to_tensor(
-                one.data.tobytes(), one.shape, mindspore.train.serialization.tensor_to_ms_type[one.dtype]
-            )
+            from mindspore.train.serialization import Tensor_, tensor_to_ms_type
+
+            kind = tensor_to_ms_type.get(one.dtype)
+            if kind is None:
+                raise UnsupportedCheckpointError(
+                    f"parameter {one.name} is of type {one.dtype}, which this MindSpore does not know; load it with the one "
+                    f"that saved it, or leave it out"
+                )
+            packed = Tensor_.convert_bytes_to_tensor(one.data.tobytes(), one.shape, kind)
             parameter = Parameter(packed, name=one.name)
         parameters[one.name] = parameter
     return parameters

@@ -41,6 +41,7 @@ class Planned:
         edits: Changes on the way, in order.
         allowed: What is allowed although it looks wrong.
         states: How the files were when they were chosen, by path; by default as they are now.
+        holders: Which rank holds what, see `SlicedSource`; by default that is looked for.
 
     Attributes:
         source: What there is.
@@ -60,11 +61,12 @@ class Planned:
         edits: Sequence[Edit] = (),
         allowed: Allowed = NOTHING,
         states: Optional[Mapping[Path, FileState]] = None,
+        holders: Optional[Mapping[str, int]] = None,
     ) -> None:
         self.checkpoint, self.to_strategy = checkpoint, to_strategy
         self.from_strategy = checkpoint.strategy(from_strategy)
         self.heads = ScannedFiles(checkpoint, states)
-        self.source = SlicedSource(self.from_strategy, self.heads)
+        self.source = SlicedSource(self.from_strategy, self.heads, holders)
         check_shapes(self.source, allowed)
         self.plan: Plan = make_plan(self.source, to_strategy, ranks, edits=edits, allowed=allowed)
 

@@ -18,8 +18,8 @@ def run(code):
 
 def test_public_names_are_these():
     assert auto_trans.__all__ == [
-        "AutoTransError", "ConversionReport", "Strategy", "convert", "install", "merge_strategies", "read_strategy",
-        "__version__",
+        "AutoTransError", "ConversionReport", "Strategy", "convert", "install", "load", "load_each", "load_into",
+        "merge_strategies", "read_strategy", "__version__",
     ]  # fmt: skip
     assert all(getattr(auto_trans, name) is not None for name in auto_trans.__all__)
     with pytest.raises(AttributeError, match="no attribute 'other'"):

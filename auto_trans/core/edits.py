@@ -96,20 +96,22 @@ class Rename:
     """Gives parameters other names; those that it does not know keep theirs.
 
     Attributes:
-        names: Pairs of the new name and the name in the source.
+        names: Pairs of the new name and the name in the source; what has several new names is there under each.
     """
 
     names: tuple[tuple[str, str], ...]
 
     def apply(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
         """Renames, see `Edit`."""
-        new = {old: name for name, old in self.names}
+        new: dict[str, list[str]] = {}
+        for name, old in dict.fromkeys(self.names):
+            new.setdefault(old, []).append(name)
         renamed: dict[str, Recipe] = {}
         for old, recipe in recipes.items():
-            name = new.get(old, old)
-            if name in renamed:
-                raise PlanError(f"parameter {renamed[name].source} and {recipe.source} would both be named {name}")
-            renamed[name] = recipe
+            for name in new.get(old, [old]):
+                if name in renamed:
+                    raise PlanError(f"parameter {renamed[name].source} and {recipe.source} would both be named {name}")
+                renamed[name] = recipe
         return renamed
 
 

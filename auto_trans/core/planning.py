@@ -8,6 +8,7 @@ MindSpore is silently wrong a plan is refused, see `auto_trans.core.rules`.
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -122,8 +123,8 @@ class _Planner:
             *(self._recipes[name].source for name in (*sorting.carried, *sorting.taken_whole)),
             *self._untold_factors,
         ]
-        pairs = (pair for name in dict.fromkeys(untold) for pair in self._source.may_differ(name))
-        replicated = tuple(pair for pair in pairs if pair[0].box.volume > 1)
+        arrays = (name for name in dict.fromkeys(untold) if math.prod(self._source.tensor(name).shape) > 1)
+        replicated = tuple(pair for name in arrays for pair in self._source.may_differ(name))
         return Plan(
             tuple(files),
             sorting.carried,

@@ -143,18 +143,23 @@ class SlicedSource:
     Args:
         strategy: The strategy that it was saved under; `Strategy.complete` for complete weights.
         heads: The heads of its files.
+        holders: Every parameter that is held -> a rank that holds it, in file order, as another rank has found them; by
+            default they are looked for.
+
+    Attributes:
+        holders: The same.
 
     Raises:
         MissingSliceError: All ranks of a stage, or all that hold a parameter, are missing.
         PlanError: The strategy is not that of the files.
     """
 
-    def __init__(self, strategy: Strategy, heads: Heads) -> None:
+    def __init__(self, strategy: Strategy, heads: Heads, holders: Optional[Mapping[str, int]] = None) -> None:
         self.strategy, self._heads = strategy, heads
         self._there = frozenset(heads.ranks)
         self._check_ranks()
-        self._holders = _find_holders(strategy, heads)
-        self.names: Sequence[str] = tuple(self._holders)
+        self.holders: Mapping[str, int] = _find_holders(strategy, heads) if holders is None else holders
+        self.names: Sequence[str] = tuple(self.holders)
         self._tensors: dict[str, Tensor] = {}
         self._grids: dict[tuple[Layout, Shape], _Grid] = {}
         self._grid_of: dict[str, _Grid] = {}
@@ -176,14 +181,13 @@ class SlicedSource:
 
     def at(self, name: str, place: int) -> Shard:
         """A parameter that no strategy lists, see `Source`."""
-        devices, holder = self.strategy.stage_devices, self._holders[name]
+        devices, holder = self.strategy.stage_devices, self.holders[name]
         same_place = holder // devices * devices + place % devices
-        there = same_place in self._there and name in self._heads.tensors(same_place)
-        return self._whole(name, same_place if there else holder)
+        return self._whole(name, same_place if self._holds(same_place, name) else holder)
 
     def where(self, name: str) -> str:
         """A file that holds a parameter, see `Source`."""
-        return self._heads.file(self._holders[name], name).path
+        return self._heads.file(self.holders[name], name).path
 
     def may_differ(self, name: str) -> Sequence[tuple[Shard, Shard]]:
         """Pairs of what ranks hold, see `Source`.
@@ -191,12 +195,12 @@ class SlicedSource:
         The first and the last rank of a stage differ in every axis of the device matrix, so their slices of a tensor
         that is sliced at all are different ones. Where one of them is not there, all that are there are compared.
         """
-        holder, devices = self._holders[name], self.strategy.stage_devices
+        holder, devices = self.holders[name], self.strategy.stage_devices
         stage = range(holder // devices * devices, (holder // devices + 1) * devices)
-        members = [rank for rank in stage if rank in self._there and name in self._heads.tensors(rank)]
-        first, *others = members
-        if (first, members[-1]) == (stage[0], stage[-1]):
-            others = others[-1:]
+        ends = [rank for rank in dict.fromkeys((stage[0], stage[-1])) if self._holds(rank, name)]
+        # the heads of many files are not read for nothing
+        is_told = len(ends) == min(devices, 2)
+        first, *others = ends if is_told else [rank for rank in stage if self._holds(rank, name)]
         return [(self._whole(name, first), self._whole(name, other)) for other in others]
 
     def copies(self) -> Iterator[tuple[Shard, Shard]]:
@@ -215,6 +219,9 @@ class SlicedSource:
                 lowest = first.setdefault((stage, box.offset), shard)
                 if lowest is not shard:
                     yield lowest, shard
+
+    def _holds(self, rank: int, name: str) -> bool:
+        return rank in self._there and name in self._heads.tensors(rank)
 
     def _whole(self, name: str, rank: int) -> Shard:
         stored = self._stored(name, rank)
@@ -239,15 +246,15 @@ class SlicedSource:
 
     def _stored(self, name: str, rank: Optional[int] = None) -> Stored:
         """What a rank's file, by default that of the holder, tells of a parameter."""
-        return self._heads.tensors(self._holders[name] if rank is None else rank)[name]
+        return self._heads.tensors(self.holders[name] if rank is None else rank)[name]
 
     def _stage(self, name: str) -> int:
         """The stage whose slices of a parameter are read: that of its holder."""
-        return self._holders[name] // self.strategy.stage_devices
+        return self.holders[name] // self.strategy.stage_devices
 
     def _shard(self, tensor: Tensor, part: _Part) -> Shard:
         """A slice as the lowest rank that holds it has it; replicas are alike."""
-        name, holder = tensor.name, self._holders[tensor.name]
+        name, holder = tensor.name, self.holders[tensor.name]
         first = holder - holder % self.strategy.stage_devices
         rank = _first_there(self._heads, self._there, name, first, part.owners)
         if rank is None:

@@ -45,6 +45,9 @@ class ScannedFiles:
     Args:
         checkpoint: The files.
         states: How the files were when they were chosen, by path; by default as they are now.
+
+    Raises:
+        SourceChangedError: What tells of the files was written to since then.
     """
 
     def __init__(self, checkpoint: Checkpoint, states: Optional[Mapping[Path, FileState]] = None) -> None:
@@ -55,6 +58,8 @@ class ScannedFiles:
         self._files: dict[tuple[int, Path], SourceFile] = {}
         self._places: dict[int, Mapping[str, FileHead]] = {}
         self._scanned: dict[Path, FileHead] = {}
+        for file in checkpoint.companions if self._states else ():
+            self._check_state(file, self._look_at(file))
 
     def heads(self, rank: int) -> list[FileHead]:
         """The heads of a rank's files.
@@ -95,7 +100,8 @@ class ScannedFiles:
         """How the files are; reads the heads of all."""
         for rank in self.ranks:
             self.heads(rank)
-        return {path: FileState(head.size, head.mtime_ns) for path, head in self._scanned.items()}
+        heads = {path: FileState(head.size, head.mtime_ns) for path, head in self._scanned.items()}
+        return {**heads, **{path: self._look_at(path) for path in self.checkpoint.companions}}
 
     def describe(self, rank: int) -> str:
         """The files of a rank, for messages."""
@@ -114,13 +120,21 @@ class ScannedFiles:
     def _scan(self, file: Path) -> FileHead:
         if file not in self._scanned:
             head = scan(file)
-            now = FileState(head.size, head.mtime_ns)
-            if self._states.get(file, now) != now:
-                raise SourceChangedError(
-                    f"{file} was written to since it was chosen to be loaded; start again once the weights are saved"
-                )
+            self._check_state(file, FileState(head.size, head.mtime_ns))
             self._scanned[file] = head
         return self._scanned[file]
+
+    def _check_state(self, file: Path, now: FileState) -> None:
+        if self._states.get(file, now) != now:
+            raise SourceChangedError(
+                f"{file} was written to since it was chosen to be loaded; start again once the weights are saved"
+            )
+
+    @staticmethod
+    def _look_at(file: Path) -> FileState:
+        with read_errors(file):
+            stat = file.stat()
+        return FileState(stat.st_size, stat.st_mtime_ns)
 
     def _of_iteration(self, rank: int, heads: Sequence[FileHead]) -> list[FileHead]:
         """What the files of a Checkpoint 2.0 hold for a rank."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
+import oracle
 import pytest
 from builders import layouts, strategy
 from hypothesis import given
+from hypothesis import strategies as st
 
+from auto_trans import read_strategy
 from auto_trans.core.layout import Layout
 from auto_trans.core.strategy import Strategy, same_slices
 
@@ -68,3 +72,41 @@ def test_complete_weights_match_complete_weights_only():
     assert same_slices(Strategy.complete(), Strategy.complete(4))
     assert not same_slices(Strategy.complete(), strategy({"w": ROWS}))
     assert not same_slices(strategy({"w": ROWS}), Strategy.complete(4))
+
+
+def told(one):
+    """The strategy as another rank reads it."""
+    return Strategy.from_json(json.loads(json.dumps(one.as_json())))
+
+
+def is_same(one, other):
+    """Whether two strategies are equal in all that they tell, the order of their parameters included."""
+    return one == other and list(one.layouts) == list(other.layouts) and one.digest == other.digest
+
+
+@st.composite
+def strategies(draw):
+    """Any strategy: stages that share parameters, layouts for some numbers of dimensions, refused and complete ones."""
+    one = draw(layouts())
+    devices, stages = one.devices, draw(st.integers(1, 3))
+    fitting = [one, Layout.whole(devices), dataclasses.replace(one, ndims=(len(one.tensor_map), 5))]
+    names = st.text(st.characters(codec="utf-8"), max_size=5)
+    by_stage = st.dictionaries(st.integers(0, stages - 1), st.sampled_from(fitting), min_size=1)
+    return Strategy(
+        stages, devices, draw(st.dictionaries(names, by_stage, max_size=5)), draw(st.dictionaries(names, names, max_size=2)),
+        draw(names), draw(st.sampled_from([None, Layout.whole(devices)])),
+    )  # fmt: skip
+
+
+@given(strategies())
+def test_strategy_is_told_to_other_ranks_as_it_is(one):
+    assert is_same(told(one), one)
+
+
+@pytest.mark.parametrize(("model", "case"), [(m, c) for m, cases in oracle.CASES.items() for c in cases])
+def test_genuine_strategy_is_told_to_other_ranks_as_it_is(genuine, model, case):
+    one = read_strategy(genuine.model(model).strategy(case))
+    other = told(one)
+    assert is_same(other, one) and other.origin == one.origin and same_slices(one, other)
+    distinct = {layout for stages in one.layouts.values() for layout in stages.values()}
+    assert len(one.as_json()["layouts"]) == len(distinct), "a layout is told once, however many parameters share it"

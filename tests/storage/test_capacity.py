@@ -7,7 +7,7 @@ import pytest
 
 from auto_trans.errors import InsufficientDiskError, InsufficientMemoryError
 from auto_trans.storage import capacity
-from auto_trans.storage.capacity import available_memory, check_disk, check_memory, free_disk
+from auto_trans.storage.capacity import available_memory, check_disk, check_memory, check_slices_fit, free_disk
 
 
 @pytest.fixture
@@ -49,6 +49,12 @@ def test_every_process_needs_its_memory(machine):
     check_memory(500, 2)
     with pytest.raises(InsufficientMemoryError, match="in each of 3 processes"):
         check_memory(500, 3)
+
+
+def test_slices_must_fit_in_memory(machine):
+    check_slices_fit(1000)
+    with pytest.raises(InsufficientMemoryError, match=r"slices of this rank take 1001 B .* only 1000 B .* fewer ranks"):
+        check_slices_fit(1001)
 
 
 def test_disk_is_that_of_the_folder_that_will_be_made(tmp_path):
