@@ -14,6 +14,7 @@ from auto_trans.errors import ConfigError, ConfigTypeError, CorruptCheckpointErr
 from auto_trans.loading import Loaded, Names, assemble, file_of_rank
 from auto_trans.planned import Planned
 from auto_trans.request import as_path
+from auto_trans.storage.capacity import check_slices_fit
 from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy, find_source
 
 __all__ = ["as_array", "as_text", "choose_names", "find_slices", "load", "load_each"]
@@ -70,12 +71,10 @@ def load(
         >>> weights["model.norm_out.weight"].shape  # doctest: +SKIP
         (4096,)
     """
-    return dict(
-        load_each(
-            src, rank, src_strategy, dst_strategy, names=names, only_prefix=only_prefix, skip_prefix=skip_prefix,
-            step=step, allow_extra=allow_extra, allow_missing=allow_missing, bfloat16=bfloat16,
-        )
-    )  # fmt: skip
+    chosen, allowed = choose_names(names, only_prefix, skip_prefix), Allowed.of(allow_extra, allow_missing)
+    tensors = find_slices(src, rank, src_strategy, dst_strategy, chosen, step=step, allowed=allowed)
+    check_slices_fit(sum(tensor.nbytes for tensor in tensors))
+    return dict(_as_arrays(assemble(tensors), _type_for(tensors, bfloat16)))
 
 
 def load_each(
@@ -103,8 +102,7 @@ def load_each(
     Raises:
         AutoTransError: Anything that is wrong with the input, see `auto_trans.errors`.
     """
-    chosen = choose_names(names, only_prefix, skip_prefix)
-    allowed = Allowed.of(allow_extra, allow_missing)
+    chosen, allowed = choose_names(names, only_prefix, skip_prefix), Allowed.of(allow_extra, allow_missing)
     tensors = find_slices(src, rank, src_strategy, dst_strategy, chosen, step=step, allowed=allowed)
     return _as_arrays(assemble(tensors), _type_for(tensors, bfloat16))
 

@@ -135,7 +135,7 @@ class MissingSliceError(PlanError, FileNotFoundError):
 
 
 class SourceChangedError(AutoTransError, RuntimeError):
-    """A source file was written to while it was being converted."""
+    """A source file was written to while it was being read."""
 
 
 class ProtectedSourceError(AutoTransError, ValueError):

@@ -10,6 +10,7 @@ from auto_trans.core.rules import Allowed
 from auto_trans.core.tensor import ITEM_BYTES
 from auto_trans.errors import UnsupportedCheckpointError
 from auto_trans.loading import Loaded, assemble
+from auto_trans.storage.capacity import check_slices_fit
 from auto_trans.storage.sources import PathLike, StrategyLike
 
 __all__ = ["as_parameters", "load_into"]
@@ -62,6 +63,7 @@ def load_into(
         src, _rank() if rank is None else rank, src_strategy, dst_strategy,
         choose_names(names, only_prefix, skip_prefix), step=step, allowed=Allowed.of(allow_extra, allow_missing),
     )  # fmt: skip
+    check_slices_fit(sum(tensor.nbytes for tensor in tensors))
     not_loaded, unknown = mindspore.load_param_into_net(network, as_parameters(assemble(tensors)), strict_load)
     return list(not_loaded), list(unknown)
 

@@ -7,8 +7,8 @@ that four tensor-parallel ranks saved, with the optimizer's moments. Of all cand
 wall time from the launch to the end of the first step of the last rank, "load" that from where MindFormers begins to load to
 where it goes on to compile the training graph, by the logs. A job is ended after its first step.
 
-"stock" is MindFormers alone, which merges on rank 0; "files" has two converters; "direct" has every rank read its slices. Model
-and dataset are those of the demo, the model larger.
+"stock" is MindFormers alone, which merges on rank 0; "files" has two converters; with "direct" every rank reads its slices.
+Model and dataset are those of the demo, the model larger.
 """
 
 from __future__ import annotations

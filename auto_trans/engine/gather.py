@@ -18,6 +18,7 @@ from auto_trans.storage.readers import Reader, open_reader
 
 __all__ = ["Gatherer"]
 
+_OPEN_FILES = 256  # a process may have some hundreds of files open, and a source has thousands
 _ROWS_BYTES = 1024 * 1024  # large enough for a disk, small enough for the cache of a processor
 
 
@@ -127,9 +128,11 @@ class Gatherer:
             yield self._reader(shard.file).read(offset, nbytes).data
 
     def _reader(self, file: SourceFile) -> Reader:
-        if file.path not in self._readers:
-            self._readers[file.path] = self._open(file)
-        return self._readers[file.path]
+        reader = self._readers.pop(file.path, None) or self._open(file)
+        self._readers[file.path] = reader  # the last of them
+        if len(self._readers) > _OPEN_FILES:
+            self._readers.pop(next(iter(self._readers))).close()
+        return reader
 
 
 def _in_shard(copy: Copy, common: Box) -> Box:

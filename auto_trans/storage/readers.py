@@ -113,7 +113,7 @@ class LocalReader:
         try:
             now = _state(os.stat(self.path))
         except OSError as e:
-            raise SourceChangedError(f"{self.path} is gone since the conversion began: {e}") from e
+            raise SourceChangedError(f"{self.path} is gone since its head was read: {e}") from e
         if now != (self.size, self.version):
             raise self._changed()
 
@@ -131,7 +131,7 @@ class LocalReader:
 
     def _changed(self) -> SourceChangedError:
         return SourceChangedError(
-            f"{self.path} was written to while it was being converted; start again once the weights are saved"
+            f"{self.path} was written to while it was being read; start again once the weights are saved"
         )
 
 

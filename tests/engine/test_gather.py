@@ -106,6 +106,30 @@ def test_what_is_not_needed_of_long_rows_takes_no_memory():
     assert out.tobytes() == content[:, 1].tobytes() and reads == [40] * 4
 
 
+def test_no_more_than_some_hundreds_of_files_are_open_at_once():
+    tensor, most, opened = Tensor("w", "UInt8", (600,), 1), 0, []
+
+    class Counted(MemoryFile):
+        def close(self):
+            opened.remove(self)
+
+    def open_file(file):
+        opened.append(Counted(bytes([int(file.path) % 250])))
+        return opened[-1]
+
+    copies = tuple(
+        Copy(Shard(tensor, Box((i,), (1,)), SourceFile(str(i), 0, 0), ((0, 1),)), (0,), Box((i,), (1,)))
+        for i in range(600)
+    )
+    plan, out = TensorPlan(tensor, Box.whole((600,)), copies), np.empty(600, np.uint8)
+    with Gatherer(64, open_file) as it:
+        it.fill(plan, out)
+        most = len(opened)
+        it.check_unchanged([SourceFile("0", 0, 0), SourceFile("599", 0, 0)])
+    assert out.tolist() == [i % 250 for i in range(600)]
+    assert 100 < most <= 256 and not opened
+
+
 def test_run_of_bytes_is_passed_on_without_a_copy():
     content = np.arange(64, dtype=np.uint8)
     tensor = Tensor("w", "UInt8", (8, 8), 1)

@@ -90,6 +90,6 @@ def test_source_that_changes_while_it_is_read_makes_no_file(conversion, tmp_path
 
 def test_source_that_is_removed_while_it_is_read_makes_no_file(conversion, tmp_path):
     (file,) = conversion.checkpoint.files[1]
-    with pytest.raises(SourceChangedError, match="is gone since the conversion began"):
+    with pytest.raises(SourceChangedError, match="is gone since its head was read"):
         conversion.run(quiet=True, listener=lambda done, total: file.unlink(missing_ok=True) if done else None)
     assert not list((tmp_path / "out").rglob("*.ckpt"))

@@ -43,7 +43,7 @@ def test_bytes_are_those_of_the_file(file):
 @pytest.mark.parametrize("change", [touch, shorten])
 def test_file_that_changed_before_it_is_mapped_is_noticed(file, change):
     change(file)
-    with pytest.raises(SourceChangedError, match=r"x\.ckpt was written to while it was being converted"):
+    with pytest.raises(SourceChangedError, match=r"x\.ckpt was written to while it was being read"):
         MappedFile(file)
 
 
@@ -51,7 +51,7 @@ def test_file_that_changed_before_it_is_mapped_is_noticed(file, change):
 def test_file_that_changes_once_it_is_mapped_is_noticed(file, change):
     reader = MappedFile(file)
     change(file)
-    with pytest.raises(SourceChangedError, match=r"x\.ckpt was written to while it was being converted"):
+    with pytest.raises(SourceChangedError, match=r"x\.ckpt was written to while it was being read"):
         reader.check_unchanged()
 
 
