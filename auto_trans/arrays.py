@@ -9,6 +9,7 @@ import numpy as np
 
 from auto_trans.core.plan import TensorPlan
 from auto_trans.core.rules import Allowed
+from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import ITEM_BYTES
 from auto_trans.errors import ConfigError, ConfigTypeError, CorruptCheckpointError
 from auto_trans.loading import Loaded, Names, assemble, file_of_rank
@@ -104,7 +105,7 @@ def load_each(
     """
     chosen, allowed = choose_names(names, only_prefix, skip_prefix), Allowed.of(allow_extra, allow_missing)
     tensors = find_slices(src, rank, src_strategy, dst_strategy, chosen, step=step, allowed=allowed)
-    return _as_arrays(assemble(tensors), _type_for(tensors, bfloat16))
+    return _as_arrays(assemble(tensors, keep=False), _type_for(tensors, bfloat16))
 
 
 def find_slices(
@@ -124,7 +125,16 @@ def find_slices(
     """
     if type(rank) is not int:
         raise ConfigTypeError(f"rank must be a whole number, not {rank!r}")
-    from_strategy, to_strategy = as_strategy(src_strategy), as_strategy(dst_strategy)
+    if rank < 0:
+        raise ConfigError(f"rank must be 0 or more, not {rank}")
+    from_strategy = as_strategy(src_strategy)
+    # without a strategy every rank has all weights whole
+    to_strategy = as_strategy(dst_strategy) if dst_strategy is not None else Strategy.complete(rank + 1)
+    if rank >= to_strategy.world_size:
+        raise ConfigError(
+            f"rank {rank} is not in {to_strategy.origin}, which describes ranks 0 to {to_strategy.world_size - 1}; give one "
+            f"of these (rank), or another strategy («dst_strategy»)"
+        )
     checkpoint = find_source(as_path("«src»", src), from_strategy, step=step)
     planned = Planned(checkpoint, from_strategy, to_strategy, [rank], allowed=allowed)
     tensors = names.choose(file_of_rank(planned, rank).tensors)

@@ -67,7 +67,8 @@ YAML_KEYS = {
     "max_shard_size": "auto-trans merge-safetensors --max-shard-size",
     "against": "auto-trans verify --against",
 }
-ENGINES = LOADERS = ("native", "mindspore")
+ENGINES = ("native", "mindspore")
+LOADERS = ("native", "mindspore")
 LOADS = ("files", "direct")
 _TIMEOUTS = ("join_timeout", "heartbeat_timeout", "stall_timeout")
 # the settings of the YAML mapping ``auto_trans:``
@@ -141,18 +142,20 @@ class AutoTransConfig:
     unify: bool = False
     timing: Timing = DEFAULT_TIMING
 
-    def __post_init__(self) -> None:
-        if self.is_direct:
-            for name, value, taken in (("engine", self.engine, "native"), ("loader", self.loader, "native")):
-                if value != taken:
-                    raise ConfigError(f"«load» direct goes with «{name}» {taken} only; leave «{name}» {value} out")
-            if self.unify:
-                raise ConfigError("«load» direct merges nothing; leave auto_trans: {unify: True} out")
-
     @property
     def is_direct(self) -> bool:
         """Whether every rank assembles its slices in memory, and nothing is written."""
         return self.load == "direct"
+
+    def check_combination(self) -> None:
+        """Raises ConfigError if settings contradict each other."""
+        if not self.is_direct:
+            return
+        for name, value in (("engine", self.engine), ("loader", self.loader)):
+            if value != "native":
+                raise ConfigError(f"«load» direct goes with «{name}» native only; leave «{name}» {value} out")
+        if self.unify:
+            raise ConfigError("«load» direct merges nothing; leave auto_trans: {unify: True} out")
 
     @classmethod
     def from_settings(

@@ -14,10 +14,11 @@ from typing import Callable, Optional
 from auto_trans.config import DEFAULT_MEMORY
 from auto_trans.core.consistency import check_shapes
 from auto_trans.core.edits import KeepFor
+from auto_trans.core.heads import Heads
 from auto_trans.core.plan import FilePlan, Plan
 from auto_trans.core.planning import make_plan
 from auto_trans.core.rules import NOTHING, Allowed, some
-from auto_trans.core.source import Heads, SlicedSource
+from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.engine.base import ConversionTask, Engine
 from auto_trans.engine.native import NativeEngine

@@ -67,6 +67,7 @@ class Load:
         load = cls(config, format, bool(settings.get("resume_training")))
         if left:
             return replace(load, left=left, checked=False)
+        config.check_combination()
         if config.unify and format != "safetensors":
             raise ConfigError("auto_trans: {unify: True} is for load_ckpt_format: safetensors only; leave it out")
         if format == "safetensors":

@@ -8,19 +8,19 @@ on while another has failed would wait for it in vain.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, TypeVar
 
 from auto_trans.coordination.barrier import Heartbeat
 from auto_trans.coordination.election import LEADER
 from auto_trans.coordination.session import Session
-from auto_trans.core.consistency import Network
-from auto_trans.core.edits import Edit, Rename
+from auto_trans.core.consistency import Network, check_known
+from auto_trans.core.edits import Edit, LeaveOut, Rename
 from auto_trans.core.plan import TensorPlan
-from auto_trans.core.rules import NOTHING, Allowed
+from auto_trans.core.rules import NOTHING, Allowed, some
 from auto_trans.core.strategy import Strategy, describe_difference, same_slices
 from auto_trans.loading import Loaded, LoadReport, assemble, file_of_rank
 from auto_trans.log import logger
@@ -34,6 +34,8 @@ from auto_trans.storage.sources import Checkpoint, find_sources
 from auto_trans.together import merge_stages
 
 __all__ = ["SharedLoad", "load_together"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,14 @@ class _Chosen:
         )  # fmt: skip
 
 
-def load_together(session: Session, shared: SharedLoad) -> list[Loaded]:
+def load_together(session: Session, shared: SharedLoad, make: Callable[[Iterable[Loaded]], T]) -> T:
     """Loads the slices of this rank; all ranks of the session call this.
 
-    Returns:
-        The slices. Of several complete checkpoints the last that holds a parameter gives it.
+    Args:
+        session: The ranks.
+        shared: What they load.
+        make: Makes of the slices what is returned; if it fails, the load of all ranks does. Of several complete checkpoints
+            the last that holds a parameter gives it.
 
     Raises:
         AutoTransError: The load failed here or on another rank.
@@ -98,17 +103,18 @@ def load_together(session: Session, shared: SharedLoad) -> list[Loaded]:
             with heartbeat.idle():
                 posted = session.await_posts({"prepared": LEADER}, "prepare the load")["prepared"]
             chosen = _from_json(posted)
-        loaded, report = _load(session, shared, chosen, heartbeat)
+        made, report = _load(session, shared, chosen, heartbeat, make)
         session.post(f"loaded_rank_{session.rank}", {"rank": session.rank, **_as_json(report)})
-        with heartbeat.idle():
-            if session.is_leader:
+        if session.is_leader:
+            with heartbeat.idle():
                 owed = {f"loaded_rank_{rank}": rank for rank in range(session.world_size)}
                 reports = session.await_posts(owed, "load")
-                _tell(shared, list(reports.values()), time.monotonic() - begin)
-                session.post("complete", {})
-            else:
-                session.await_posts({"complete": LEADER}, "see all ranks load")
-    return loaded
+            _tell(shared, list(reports.values()), time.monotonic() - begin)
+            session.post("complete", {})
+            return made
+    # nobody waits for this rank any more
+    session.await_posts({"complete": LEADER}, "see all ranks load")
+    return made
 
 
 def _lead(session: Session, shared: SharedLoad) -> list[_Chosen]:
@@ -119,12 +125,14 @@ def _lead(session: Session, shared: SharedLoad) -> list[_Chosen]:
     found = []
     for checkpoint in find_sources(shared.src, source, shared.resume_file):
         names = shared.read_names(checkpoint)
-        edits = (Rename(tuple(names.items())),) if names else ()
+        edits = _edits(tuple(names.items()), _unknown(names, target, shared.network, checkpoint))
         chosen = _Chosen(checkpoint, checkpoint.strategy(source), target, edits)
         planned = chosen.planned(first_ranks, shared.allowed)
         planned.check_heads()
         planned.check_whole()
         planned.check_carried()
+        if shared.network is not None:
+            check_known(shared.network, planned.names, str(checkpoint.path))
         planned.log()
         logger.info("%s", _reason(planned))
         found.append(replace(chosen, states=planned.heads.states(), holders=planned.source.holders))
@@ -132,9 +140,33 @@ def _lead(session: Session, shared: SharedLoad) -> list[_Chosen]:
     return found
 
 
+def _unknown(
+    names: Mapping[str, str], target: Strategy, network: Optional[Network], checkpoint: Checkpoint
+) -> tuple[str, ...]:
+    """What a model has a name for, but no place: parts of a published model that this one does without."""
+    held: Container[str] = () if network is None else network.shapes
+    sure = network is not None or not target.is_complete
+    unknown = tuple(name for name in names if sure and name not in held and not target.lists(name))
+    if unknown:
+        logger.warning(
+            "%s: left out, the model does not have them: %s",
+            checkpoint.path,
+            some([names[name] for name in unknown], 5),
+        )
+    return unknown
+
+
+def _edits(names: Sequence[tuple[str, str]], left_out: Sequence[str]) -> tuple[Edit, ...]:
+    return (*([Rename(tuple(names))] if names else []), *([LeaveOut(tuple(left_out))] if left_out else []))
+
+
 def _load(
-    session: Session, shared: SharedLoad, chosen: Sequence[_Chosen], heartbeat: Heartbeat
-) -> tuple[list[Loaded], LoadReport]:
+    session: Session,
+    shared: SharedLoad,
+    chosen: Sequence[_Chosen],
+    heartbeat: Heartbeat,
+    make: Callable[[Iterable[Loaded]], T],
+) -> tuple[T, LoadReport]:
     """Assembles the slices of this rank."""
     begin = time.monotonic()
     tensors: dict[str, TensorPlan] = {}
@@ -144,16 +176,16 @@ def _load(
             planned.check_network(shared.network)
         tensors.update({tensor.name: tensor for tensor in file_of_rank(planned, session.rank).tensors})
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
-    check_slices_fit(nbytes)
+    check_slices_fit(nbytes, session.neighbours(range(session.world_size)))
     meter = Meter(nbytes, f"rank {session.rank}: loading", listener=heartbeat.progress)
     try:
-        loaded = list(assemble(list(tensors.values()), meter))
+        made = make(assemble(list(tensors.values()), meter))
     finally:
         meter.close()
     files = {copy.shard.file.path for tensor in tensors.values() for copy in tensor.copies}
-    report = LoadReport(len(loaded), nbytes, len(files), time.monotonic() - begin)
+    report = LoadReport(len(tensors), nbytes, len(files), time.monotonic() - begin)
     logger.info("rank %d: loaded %s from %s", session.rank, report, shared.src)
-    return loaded, report
+    return made, report
 
 
 def _reason(planned: Planned) -> str:
@@ -192,6 +224,7 @@ def _to_json(chosen: Sequence[_Chosen]) -> dict[str, Any]:
                 **one.checkpoint.as_json(),
                 "from_strategy": one.from_strategy.as_json(),
                 "names": [pair for edit in one.edits if isinstance(edit, Rename) for pair in edit.names],
+                "left_out": [name for edit in one.edits if isinstance(edit, LeaveOut) for name in edit.names],
                 "states": {str(path): state for path, state in (one.states or {}).items()},
                 "holders": _runs(one.holders or {}),
             }
@@ -212,7 +245,7 @@ def _from_json(content: Mapping[str, Any]) -> list[_Chosen]:
             Checkpoint.from_json(one),
             Strategy.from_json(one["from_strategy"]),
             target,
-            (Rename(tuple((name, old) for name, old in one["names"])),) if one["names"] else (),
+            _edits([(name, old) for name, old in one["names"]], one["left_out"]),
             {Path(path): FileState(*state) for path, state in one["states"].items()},
             {name: rank for rank, names in one["holders"] for name in names},
         )

@@ -23,10 +23,11 @@ from auto_trans.planned import Planned
 from auto_trans.sizes import format_bytes, plural
 from auto_trans.storage.checkpoint import Checkpoint
 
-__all__ = ["LoadReport", "Loaded", "Names", "assemble", "file_of_rank", "load_file"]
+__all__ = ["LoadReport", "Loaded", "Names", "assemble", "file_of_rank", "find_file"]
 
 _BUFFER_BYTES = 1024 * 1024
 _SLAB_BYTES = 32 * 1024 * 1024
+_KEPT_SLAB_BYTES = 512 * 1024 * 1024
 _ALIGNED_BYTES = 64  # as kernels like to have arrays
 
 
@@ -113,12 +114,15 @@ def file_of_rank(planned: Planned, rank: int) -> FilePlan:
     return next(file for file in planned.plan.files if rank in file.ranks)
 
 
-def assemble(tensors: Sequence[TensorPlan], progress: Optional[Progress] = None) -> Iterator[Loaded]:
+def assemble(
+    tensors: Sequence[TensorPlan], progress: Optional[Progress] = None, *, keep: bool = True
+) -> Iterator[Loaded]:
     """Reads the slices of a rank, one after the other, in the order in which they are given.
 
     Args:
         tensors: The slices.
         progress: Told of the bytes of each.
+        keep: Whether all will be held at once; else the memory of each can soon be given back.
 
     Yields:
         The slices; each is the caller's to keep, or to let go before the next is read.
@@ -129,7 +133,7 @@ def assemble(tensors: Sequence[TensorPlan], progress: Optional[Progress] = None)
             state.
     """
     with Gatherer(_BUFFER_BYTES) as gatherer:
-        files, memory = {}, _Slabs()
+        files, memory = {}, _Slabs([tensor.nbytes for tensor in tensors], _KEPT_SLAB_BYTES if keep else _SLAB_BYTES)
         for tensor in tensors:
             data = memory.take(tensor.nbytes)
             gatherer.fill(tensor, data)
@@ -144,36 +148,48 @@ def assemble(tensors: Sequence[TensorPlan], progress: Optional[Progress] = None)
         gatherer.check_unchanged(list(files.values()))
 
 
-def load_file(path: Path) -> Iterator[Loaded]:
-    """Reads all of a file as it is: that of one rank, or complete weights. See `assemble`.
+def find_file(path: Path) -> list[TensorPlan]:
+    """What a file holds, to be read as it is: that of one rank, or complete weights.
 
     Raises:
         CheckpointError: It cannot be read.
     """
     whole = Strategy.complete()
     planned = Planned(Checkpoint(path.stem, path, {0: (path,)}, distributed=False), whole, whole)
-    return assemble(file_of_rank(planned, 0).tensors)
+    return list(file_of_rank(planned, 0).tensors)
 
 
 class _Slabs:
     """Memory for slices, cut from pieces that are large enough for huge pages.
 
-    To touch fresh memory in small pages costs more than to fill it. A slab is given back once nothing of it is held.
+    To touch fresh memory in small pages costs more than to fill it. A slab is given back once nothing of it is held. Of the
+    last huge page of each a part is for nothing, so there should be few.
+
+    Args:
+        sizes: Bytes of all slices.
+        slab_bytes: Bytes of a slab; what is larger gets one of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: Iterable[int], slab_bytes: int) -> None:
+        self._left, self._slab_bytes = sum(map(_padded, sizes)), slab_bytes
         self._rest = np.empty(0, np.uint8)
 
     def take(self, nbytes: int) -> np.ndarray:
         """An array of uint8 whose contents are anything."""
-        if nbytes > _SLAB_BYTES:
+        padded = _padded(nbytes)
+        if padded > self._slab_bytes:
+            self._left -= padded
             return _aligned(nbytes)
-        if nbytes > self._rest.nbytes:
+        if padded > self._rest.nbytes:
             del self._rest  # of which nothing may be held any more
-            self._rest = _aligned(_SLAB_BYTES)
-        taken = self._rest[:nbytes]
-        self._rest = self._rest[-(-nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES :]
+            self._rest = _aligned(min(self._slab_bytes, self._left))
+        self._left -= padded
+        taken, self._rest = self._rest[:nbytes], self._rest[padded:]
         return taken
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNED_BYTES) * _ALIGNED_BYTES
 
 
 def _aligned(nbytes: int) -> np.ndarray:

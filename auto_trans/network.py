@@ -34,7 +34,8 @@ def load_into(
     """Loads the slices of a rank into a network of MindSpore, whatever strategy they were saved under.
 
     For scripts that train with MindSpore and without the Trainer of MindFormers. Nothing is written, and nothing is loaded
-    unless all of it could be read.
+    unless all of it could be read: until it is, the memory is that of the slices beside that of the network. To load one
+    parameter at a time, see `auto_trans.load_each`.
 
     Args:
         network: The network, a ``mindspore.nn.Cell``, compiled if it is sliced; an optimizer is one, too.

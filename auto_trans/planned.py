@@ -70,6 +70,11 @@ class Planned:
         check_shapes(self.source, allowed)
         self.plan: Plan = make_plan(self.source, to_strategy, ranks, edits=edits, allowed=allowed)
 
+    @property
+    def names(self) -> Iterator[str]:
+        """What is made, by the names of the target."""
+        return (tensor.name for file in self.plan.files for tensor in file.tensors)
+
     def check_heads(self) -> None:
         """Compares the heads of all source files; one of several ranks is enough.
 
@@ -86,6 +91,8 @@ class Planned:
             MissingSliceError: One is nowhere.
             PlanError: A file holds something else under that name.
         """
+        if self._holds_all():
+            return
         for name in dict.fromkeys(shard.tensor.name for file in self.plan.files for shard in file.shards):
             self.source.shards(name, Box.whole(self.source.tensor(name).shape))
 
@@ -143,6 +150,14 @@ class Planned:
             logger.warning("optimizer state dropped, the target has no optimizer: %s", some(plan.dropped, 5))
         for warning in plan.warnings:
             logger.warning("%s", warning)
+
+    def _holds_all(self) -> bool:
+        """Whether every rank of the source is there, and holds all that it could: then no slice is missing."""
+        strategy, held = self.from_strategy, frozenset(self.source.names)
+        if strategy.is_complete or len(self.heads.ranks) < strategy.world_size:
+            return False
+        needed = [held.intersection(strategy.names(stage)) for stage in range(strategy.stages)]
+        return all(needed[strategy.stage_of(rank)] <= self.heads.tensors(rank).keys() for rank in self.heads.ranks)
 
     def _slices(self) -> Iterator[tuple[str, Shape, list[Shape]]]:
         """Name, full shape and shapes of a slice, after and before optimizer shard, of every parameter."""

@@ -17,6 +17,7 @@ from auto_trans.core.source import SlicedSource
 from auto_trans.core.strategy import Strategy
 from auto_trans.core.tensor import SourceFile
 from auto_trans.engine.gather import Gatherer
+from auto_trans.loading import assemble, find_file
 from auto_trans.request import Request
 from auto_trans.storage.sources import as_strategy
 
@@ -206,3 +207,8 @@ def every_raw():
     note = oracle.Raw("str", (0,), "text".encode("utf-32-le"))
     arrays = {name: oracle.raw(array, dtype) for name, (array, dtype) in every_array().items()}
     return {**arrays, "note": note, "epoch_num": oracle.raw(np.int64(3))}
+
+
+def read_file(path):
+    """The slices in a file, read as they are."""
+    return assemble(find_file(path))

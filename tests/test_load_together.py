@@ -61,7 +61,7 @@ class Job:
     def __init__(self, folder, source=ROWS, target=COLUMNS, ranks=4):
         self.folder, self.src, self.ranks = folder, folder / "net", ranks
         self.source, self.target = self.strategy(source), self.strategy(target)
-        self.full, self.options, self.networks = FULL, {}, {}
+        self.full, self.options, self.networks, self.make = FULL, {}, {}, list
         self.processes = [HERE] * ranks
         self.read: dict[str, int] = defaultdict(int)
         self.errors: dict[int, AutoTransError] = {}
@@ -129,7 +129,7 @@ class Job:
             return
         own = Session(Joined(self.folder / "session", tuple(self.processes)), rank, TIMING)
         try:
-            self.loaded[rank] = load_together(own, self._shared(rank))
+            self.loaded[rank] = load_together(own, self._shared(rank), self.make)
         except AutoTransError as e:
             own.fail(e)
             self.errors[rank] = e
@@ -276,6 +276,33 @@ def test_parameters_bear_the_names_that_the_network_has_for_them(tmp_path):
     job.networks = dict.fromkeys(range(4), Network({name: FULL[name].shape for name in LISTED}))
     job.succeeds()
     assert asked == [("rank 0", job.src)], "the leader asks, and tells the others"
+
+
+def test_what_the_model_has_no_place_for_is_left_out_of_a_published_model(tmp_path, told):
+    """As a vision tower beside a language model: it is named, and nobody reads it."""
+    job = Job(tmp_path, Strategy.complete())
+    job.src = tmp_path / "net.safetensors"
+    arrays = {"foreign.w": FULL["layer.w"], "foreign.v": FULL["layer.v"], "tower.w": np.ones((7, 7))}
+    oracle.write_safetensors_raw(job.src, {n: oracle.raw(array.astype(np.float32)) for n, array in arrays.items()})
+    job.full = {name: FULL[name] for name in LISTED}
+    job.options = {
+        "read_names": lambda checkpoint: {"layer.w": "foreign.w", "layer.v": "foreign.v", "tower.weight": "tower.w"}
+    }
+    job.succeeds()
+    assert "left out, the model does not have them: tower.w" in " ".join(told())
+
+
+def test_what_cannot_be_made_of_the_slices_of_a_rank_ends_all(job, monkeypatch):
+    """A parameter that MindSpore refuses, say: who trains on would wait for that rank in vain."""
+
+    def make(slices):
+        made = list(slices)
+        if threading.current_thread().name == "rank 2":
+            raise PlanError("no parameter can be made of layer.w")
+        return made
+
+    job.make = make
+    job.fails(PlanError, "no parameter can be made of layer.w", 2)
 
 
 def test_two_parameters_of_one_name_reach_every_rank_as_an_error(tmp_path):
@@ -507,7 +534,15 @@ def test_slices_that_do_not_fit_in_memory_stop_all(job, monkeypatch):
     job.fails(InsufficientMemoryError, "the slices of this rank take 100 B of memory, but only 99 B", 1)
 
 
+def test_slices_of_all_ranks_of_a_machine_must_fit(job, monkeypatch):
+    monkeypatch.setattr(capacity, "all_memory", lambda: 4 * 4 * (16 + 8 + 1) - 1)
+    errors = job.run()
+    assert sorted(errors) == [0, 1, 2, 3]
+    assert any("the slices of the 4 ranks of this machine take 400 B" in str(error) for error in errors.values())
+
+
 def test_slices_that_just_fit_are_loaded(job, monkeypatch):
+    monkeypatch.setattr(capacity, "all_memory", lambda: 4 * 4 * (16 + 8 + 1))
     monkeypatch.setattr(capacity, "available_memory", lambda: 4 * (16 + 8 + 1))
     job.succeeds()
 

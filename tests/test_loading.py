@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import oracle
 import pytest
-from builders import conversions, every_raw, hold, save, strategy
+from builders import conversions, every_raw, hold, read_file, save, strategy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ from auto_trans.errors import (
     PlanError,
     SourceChangedError,
 )
-from auto_trans.loading import Loaded, assemble, file_of_rank, load_file
+from auto_trans.loading import Loaded, assemble, file_of_rank
 from auto_trans.planned import Planned
 from auto_trans.storage.sources import find_source
 
@@ -286,7 +286,7 @@ def test_slices_are_told_with_the_dims_under_which_they_are_stored(tmp_path):
         "note": oracle.Raw("str", (0,), "ab".encode("utf-32-le")),
         "scalar": oracle.Raw("Float16", (0,), np.float16(1.5).tobytes()),
     }
-    got = {one.name: one for one in load_file(oracle.write_raw(tmp_path / "net.ckpt", raws))}
+    got = {one.name: one for one in read_file(oracle.write_raw(tmp_path / "net.ckpt", raws))}
     assert {name: (one.dtype, one.shape) for name, one in got.items()} == {
         "packed": ("Int4", (3, 2)), "note": ("str", (0,)), "scalar": ("Float16", ())
     }  # fmt: skip
@@ -362,11 +362,20 @@ def test_who_lets_each_go_needs_a_slab_and_the_largest(tmp_path, monkeypatch, si
     assert 0 < held.most <= most * MIB + 1024 and held.now == 0
 
 
+def test_what_is_held_as_a_whole_lies_in_few_pieces(tmp_path, monkeypatch):
+    """Of the last huge page of each piece a part is for nothing."""
+    path = written(tmp_path, {f"w{i}": np.full(17 * MIB, i, np.uint8) for i in range(12)})
+    pieces = []
+    monkeypatch.setattr(loading, "_aligned", lambda nbytes: pieces.append(nbytes) or np.empty(nbytes, np.uint8))
+    load(path)
+    assert pieces == [12 * 17 * MIB]
+
+
 def test_small_slices_share_their_memory(tmp_path, monkeypatch):
     path = written(tmp_path, {f"w{i}": np.full(1000, i % 100, np.uint8) for i in range(1000)})
     held = Held(monkeypatch)
     got = load(path)
-    assert held.most <= 32 * MIB + 64 and all((array == i % 100).all() for i, array in enumerate(got.values()))
+    assert held.most <= 1000 * 1024 + 64 and all((array == i % 100).all() for i, array in enumerate(got.values()))
     del got
     assert held.now == 0
 
@@ -375,7 +384,7 @@ def test_slices_are_counted_as_they_are_taken(tmp_path):
     """Told of a slice that is done, and of all in the end."""
     counted = []
     path = written(tmp_path, {"w": np.arange(6), "v": np.arange(3)})
-    slices = load_file(path)
+    slices = read_file(path)
     assert isinstance(next(slices), Loaded)
     slices.close()
     complete = Strategy.complete()

@@ -11,8 +11,9 @@ from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from auto_trans.core.heads import Heads, Stored
 from auto_trans.core.rules import NOTHING, Allowed, kind_of
-from auto_trans.core.source import Heads, Source, Stored
+from auto_trans.core.source import Source
 from auto_trans.core.strategy import Strategy, is_optimizer_state, owner_of
 from auto_trans.core.tensor import FLOAT_TYPES, Shape
 from auto_trans.errors import PlanError

@@ -19,6 +19,7 @@ __all__ = [
     "Drop",
     "Edit",
     "KeepFor",
+    "LeaveOut",
     "LoraPair",
     "Product",
     "Recipe",
@@ -89,6 +90,22 @@ class Drop:
     def apply(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
         """Drops, see `Edit`."""
         return {name: recipe for name, recipe in recipes.items() if not name.startswith(self.prefixes)}
+
+
+@dataclass(frozen=True)
+class LeaveOut:
+    """Leaves out parameters.
+
+    Attributes:
+        names: Their names.
+    """
+
+    names: tuple[str, ...]
+
+    def apply(self, recipes: Mapping[str, Recipe]) -> dict[str, Recipe]:
+        """Leaves out, see `Edit`."""
+        left_out = frozenset(self.names)
+        return {name: recipe for name, recipe in recipes.items() if name not in left_out}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from auto_trans.storage.readers import Reader, open_reader
 __all__ = ["Gatherer"]
 
 _OPEN_FILES = 256  # a process may have some hundreds of files open, and a source has thousands
+_GAP_BYTES = 128 * 1024  # what is not needed is read through up to here: a read of its own would take longer
 _ROWS_BYTES = 1024 * 1024  # large enough for a disk, small enough for the cache of a processor
 
 
@@ -125,7 +126,9 @@ class Gatherer:
 
     def _opaque(self, shard: Shard) -> Iterator[memoryview]:
         for offset, nbytes in shard.extents:
-            yield self._reader(shard.file).read(offset, nbytes).data
+            for begin in range(offset, offset + nbytes, self._buffer.nbytes):
+                length = min(self._buffer.nbytes, offset + nbytes - begin)
+                yield self._reader(shard.file).read(begin, length).data
 
     def _reader(self, file: SourceFile) -> Reader:
         reader = self._readers.pop(file.path, None) or self._open(file)
@@ -166,7 +169,7 @@ class _Rows:
             rows = min(box.size[0] - done, nbytes // row)
             if direct and rows:
                 self._reader.read_into(offset, out[done : done + rows])
-            elif (source := self._source(offset, rows, row)).size:
+            elif (source := self._source(offset, rows, row, math.prod(box.size[1:]))).size:
                 rows = len(source)
                 out[done : done + rows] = source.reshape((rows, *shape[1:]))[columns]
             else:
@@ -175,14 +178,16 @@ class _Rows:
             done += rows
             begin += rows * row
 
-    def _source(self, offset: int, rows: int, row: int) -> np.ndarray:
-        """As many of some whole rows as can be had at once, if any can."""
+    def _source(self, offset: int, rows: int, row: int, needed: int) -> np.ndarray:
+        """As many of some whole rows as can be had at once, if any can, and if enough of a row is needed."""
         found = self._reader.view(offset, rows * row)
+        if found is None and row - needed >= _GAP_BYTES:
+            return self._buffer[:0]
         if found is None:
             found = self._buffer[: min(rows, self._buffer.nbytes // row) * row]
             if found.size:
                 self._reader.read_into(offset, found)
-        return found.reshape((-1, row))
+        return found.reshape((-1, row)) if found.size else found
 
     def _chunk(self, begin: int) -> Extent:
         """Where in the file a byte of the tensor lies, and how many follow it in its chunk."""

@@ -75,9 +75,10 @@ class _RecordWriter:
     def __init__(self, out: NewFile, nbytes: int, records: list[Record]) -> None:
         self._out, self._nbytes = out, nbytes
         self._records = iter(records)
-        self._room = 0
+        self._room = self._written = 0
 
     def write(self, part: memoryview) -> None:
+        self._written += part.nbytes
         while part.nbytes:
             if not self._room:
                 head, self._room = next(self._records)
@@ -88,5 +89,10 @@ class _RecordWriter:
             part = part[now.nbytes :]
 
     def close(self) -> None:
+        """Ends the tensor; raises RuntimeError unless all of it was written."""
         if not self._nbytes:
             self._out.write(next(self._records).head)
+        if self._written != self._nbytes:
+            raise RuntimeError(
+                f"{self._written} of the {self._nbytes} bytes of a tensor were written to {self._out.path}"
+            )

@@ -75,7 +75,7 @@ def check_and_empty(job: Job, load: Load) -> None:
     if not load.left:
         with in_yaml_words():
             elect(job.world_size, config.transform_process_num)
-    seen = json.dumps([load.format, load.left, *protected])
+    seen = json.dumps([load.format, load.left, config.load, config.loader, config.unify, *protected])
     with job.session("clear", seen, config.timing) as session, session.heartbeat():
         check_cleanable(folders, protected)
         if load.checked:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, Optional
@@ -15,11 +15,12 @@ from auto_trans.hooks.job import Job, in_yaml_words
 from auto_trans.hooks.transform import read_compiled_strategy
 from auto_trans.jobs import Load
 from auto_trans.load_together import SharedLoad, load_together
-from auto_trans.loading import Loaded, load_file
+from auto_trans.loading import LoadReport, assemble, find_file
 from auto_trans.log import logger
 from auto_trans.network import as_parameters
 from auto_trans.request import DEFAULT_PREFIX
 from auto_trans.sizes import format_bytes
+from auto_trans.storage.files import make_folder
 from auto_trans.storage.names import rank_file
 from auto_trans.storage.sources import Checkpoint
 from auto_trans.together import REPORT_NAME
@@ -72,15 +73,16 @@ def load_own_slices(
         AutoTransError: The load failed here or on another rank.
     """
     config = load.config
-    job.transformed_dir.mkdir(parents=True, exist_ok=True)  # MindFormers looks into it
-    with job.session("load", json.dumps([Path(config.load_checkpoint).name, load.format]), config.timing) as session:
+    common = json.dumps([Path(config.load_checkpoint).name, load.format, config.resume_file, str(load.allowed)])
+    with job.session("load", common, config.timing) as session:
+        make_folder(job.transformed_dir)  # MindFormers looks into it
         shared = SharedLoad(
             Path(config.load_checkpoint), load.source_strategy, job.strategy_dir, lambda: read_compiled_strategy(job),
             job.output / REPORT_NAME, allowed=load.allowed, resume_file=config.resume_file, network=network,
         )  # fmt: skip
         if read_names is not None:
             shared = replace(shared, read_names=read_names)
-        return as_parameters(load_together(session, shared))
+        return load_together(session, shared, as_parameters)
 
 
 def load_own_file(rank: int, files: Iterable[Path]) -> dict[str, Any]:
@@ -92,13 +94,11 @@ def load_own_file(rank: int, files: Iterable[Path]) -> dict[str, Any]:
     parameters: dict[str, Any] = {}
     with in_yaml_words():
         for file in files:
-            begin, counted = time.monotonic(), _Counted(load_file(file))
-            parameters.update(as_parameters(counted))
-            seconds = time.monotonic() - begin
-            logger.info(
-                "rank %d: loaded %d parameters, %s, from %s in %.1f s (%s/s)", rank, counted.number,
-                format_bytes(counted.nbytes), file, seconds, format_bytes(counted.nbytes / max(seconds, 1e-3)),
-            )  # fmt: skip
+            begin, tensors = time.monotonic(), find_file(file)
+            parameters.update(as_parameters(assemble(tensors)))
+            nbytes = sum(tensor.nbytes for tensor in tensors)
+            report = LoadReport(len(tensors), nbytes, 1, time.monotonic() - begin)
+            logger.info("rank %d: loaded %s from %s", rank, report, file)
     return parameters
 
 
@@ -164,20 +164,10 @@ class _Names:
         return found
 
 
-class _Counted:
-    """Slices that are counted as they are taken."""
-
-    def __init__(self, slices: Iterator[Loaded]) -> None:
-        self._slices, self.number, self.nbytes = slices, 0, 0
-
-    def __iter__(self) -> Iterator[Loaded]:
-        for one in self._slices:
-            self.number, self.nbytes = self.number + 1, self.nbytes + one.data.nbytes
-            yield one
-
-
 def _warn_of_memory(files: Iterable[Path]) -> None:
     """MindSpore 2.10 and later refuses a file larger than the memory that is free even of page cache."""
+    if "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for file in files:
         if file.is_file() and file.stat().st_size > free:

@@ -78,7 +78,7 @@ def load_checkpoint(
         if load.checked and not load.left and not job.is_emptied:  # a load without the Trainer, as for a service
             check_and_empty(job, load)
         with in_yaml_words():
-            if load.is_direct or (load.left and load.checked):
+            if (load.left and load.checked) or (load.is_direct and not load.config.src_strategy):
                 _check_known(load, network, known)
             if load.format == "safetensors" and not load.left and predicts:
                 check_concatenation(load, config, network)

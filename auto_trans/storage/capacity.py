@@ -41,14 +41,33 @@ def check_memory(needed: int, processes: int = 1) -> None:
         )
 
 
-def check_slices_fit(nbytes: int) -> None:
-    """Raises InsufficientMemoryError unless slices of ``nbytes`` bytes can be held in memory."""
-    available = available_memory()
-    if nbytes > available:
-        raise InsufficientMemoryError(
-            f"the slices of this rank take {format_bytes(nbytes)} of memory, but only {format_bytes(available)} is "
-            f"available on this machine; start fewer ranks on it, or slice the model further"
-        )
+def check_slices_fit(nbytes: int, ranks: int = 1) -> None:
+    """Checks that the slices of this rank, and as many of each of its neighbours, can be held in memory.
+
+    What is available now is for this rank alone: its neighbours may have taken theirs already.
+
+    Args:
+        nbytes: Bytes of the slices.
+        ranks: How many ranks are on this machine.
+
+    Raises:
+        InsufficientMemoryError: They do not fit.
+    """
+    for needed, memory, who, what in (
+        (nbytes, available_memory(), "this rank take", "is available"),
+        (nbytes * ranks, all_memory(), f"the {ranks} ranks of this machine take", "is there"),
+    ):
+        if needed > memory:
+            raise InsufficientMemoryError(
+                f"the slices of {who} {format_bytes(needed)} of memory, but only {format_bytes(memory)} {what}; start "
+                f"fewer ranks on a machine, or slice the model further"
+            )
+
+
+def all_memory() -> int:
+    """Bytes of memory of the machine, or of the control group if that has less."""
+    limits = (_number(_CGROUP / name) for name in ("memory.max", "memory/memory.limit_in_bytes"))
+    return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
 
 
 def free_disk(folder: Path) -> int:

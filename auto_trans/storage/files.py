@@ -18,7 +18,7 @@ from auto_trans.errors import InsufficientDiskError, OutputError
 from auto_trans.storage.hints import reserve, start_writing_out
 from auto_trans.storage.temporary import lock, temporary_name
 
-__all__ = ["NewFile", "Publisher", "new_file", "replicate", "write_json", "write_new"]
+__all__ = ["NewFile", "Publisher", "make_folder", "new_file", "replicate", "write_json", "write_new"]
 
 T = TypeVar("T")
 
@@ -150,6 +150,16 @@ class Publisher(Generic[T]):
     def _wait(self, left: int) -> None:
         while len(self._pending) > left:
             self.results.append(self._pending.pop(0).result())
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder unless it is there.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    with _output_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def replicate(file: Path, replica: Path, *, durable: bool = True) -> None:

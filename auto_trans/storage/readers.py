@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import mmap
 import os
 import re
@@ -19,6 +20,7 @@ from auto_trans.errors import CheckpointError, CorruptCheckpointError, SourceCha
 __all__ = ["LocalReader", "MappedFile", "PositionedFile", "Reader", "digest_extents", "open_reader", "same_contents"]
 
 _READ_BYTES = 4 * 1024 * 1024
+_AHEAD_BYTES = 128 * 1024
 _PREAD_BYTES = 256 * 1024 * 1024  # one call takes no more than 2 GiB, and a signal waits for its end
 # The system fetches a mapped file page by page as it is touched, and each fetch waits for the server.
 _REMOTE = re.compile(
@@ -87,10 +89,15 @@ class LocalReader:
 
     def read(self, offset: int, nbytes: int) -> np.ndarray:
         """Bytes from an offset on, see `Reader`."""
+        found = b""
         try:
-            return np.frombuffer(os.pread(self._fd, nbytes, offset), np.uint8)
+            while part := os.pread(
+                self._fd, nbytes - len(found), offset + len(found)
+            ):  # it may give less than there is
+                found = found + part if found else part
         except OSError as e:
             raise self._unreadable(e) from e
+        return np.frombuffer(found, np.uint8)
 
     def view(self, offset: int, nbytes: int) -> Optional[np.ndarray]:
         """Nothing: what is read takes memory, see `Reader`."""
@@ -138,6 +145,8 @@ class LocalReader:
 class PositionedFile(LocalReader):
     """A file as it was when its head was read, read in large pieces: what network file systems are good at.
 
+    Small reads that follow each other are made by one.
+
     Args:
         file: The file.
 
@@ -148,9 +157,36 @@ class PositionedFile(LocalReader):
 
     def __init__(self, file: SourceFile) -> None:
         super().__init__(file.path)
+        self._ahead, self._ahead_at = np.empty(0, np.uint8), 0
         if (self.size, self.version) != (file.size, file.mtime_ns):
             self.close()
             raise self._changed()
+
+    def read(self, offset: int, nbytes: int) -> np.ndarray:
+        """Bytes from an offset on, see `Reader`."""
+        found = np.empty(max(min(nbytes, self.size - offset), 0), np.uint8)
+        self.read_into(offset, found)
+        found.flags.writeable = False
+        return found
+
+    def read_into(self, offset: int, out: np.ndarray) -> None:
+        """Fills an array with the bytes from an offset on, see `Reader`."""
+        out = out.reshape(-1)
+        there = self._ahead[offset - self._ahead_at :][: out.size] if offset >= self._ahead_at else self._ahead[:0]
+        out[: there.size] = there
+        out, offset = out[there.size :], offset + there.size
+        if 0 < out.size < _AHEAD_BYTES and self.size - offset >= out.size:
+            ahead = np.empty(min(_AHEAD_BYTES, self.size - offset), np.uint8)
+            super().read_into(offset, ahead)
+            self._ahead, self._ahead_at = ahead, offset
+            out[:] = ahead[: out.size]
+        elif out.size:
+            super().read_into(offset, out)
+
+    def close(self) -> None:
+        """Lets the file go, see `Reader`."""
+        super().close()
+        self._ahead = np.empty(0, np.uint8)
 
 
 class MappedFile(PositionedFile):
@@ -206,12 +242,16 @@ def open_reader(file: SourceFile) -> Reader:
 def _is_remote(path: str, mounts: str = "/proc/self/mountinfo") -> bool:
     """Whether a file lies on a network file system; where the system does not tell, it does not."""
     try:
-        device = os.stat(path).st_dev
-        with open(mounts, encoding="utf-8", errors="surrogateescape") as f:
-            number = f" {os.major(device)}:{os.minor(device)} "
-            mount = next((line for line in f if number in line), "")
+        return _is_remote_device(os.stat(path).st_dev, mounts)
     except OSError:
         return False
+
+
+@functools.lru_cache(maxsize=64)
+def _is_remote_device(device: int, mounts: str) -> bool:
+    with open(mounts, encoding="utf-8", errors="surrogateescape") as f:
+        number = f" {os.major(device)}:{os.minor(device)} "
+        mount = next((line for line in f if number in line), "")
     return bool(_REMOTE.fullmatch(mount.partition(" - ")[2].partition(" ")[0]))
 
 

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from auto_trans.core.tensor import SourceFile
 from auto_trans.errors import CheckpointError, CorruptCheckpointError, SourceChangedError
@@ -59,6 +61,18 @@ class ReaderTests(ABC):
     def test_array_that_is_longer_than_the_file_is_not_filled_in_part(self, reader):
         with pytest.raises(CorruptCheckpointError, match=r"x\.ckpt became shorter"):
             reader.read_into(len(CONTENT) - 3, np.zeros(10, np.uint8))
+
+    def test_all_is_read_by_a_system_that_gives_less_than_is_asked_for(self, path, monkeypatch):
+        pread, preadv = os.pread, os.preadv
+        monkeypatch.setattr(os, "pread", lambda fd, nbytes, offset: pread(fd, -(-nbytes // 2), offset))
+        monkeypatch.setattr(
+            os, "preadv", lambda fd, parts, offset: preadv(fd, [parts[0][: -(-len(parts[0]) // 2)]], offset)
+        )
+        out = np.zeros(5000, np.uint8)
+        with contextlib.closing(self.open(path)) as reader:
+            assert reader.read(3, 5000).tobytes() == CONTENT[3:5003]
+            reader.read_into(100, out)
+        assert out.tobytes() == CONTENT[100:5100]
 
     def test_view_is_what_is_read_or_nothing(self, reader):
         view = reader.view(5, 300)
@@ -161,6 +175,27 @@ class OpenedSourceTests(ReaderTests):
 
 class TestPositionedFile(OpenedSourceTests):
     kind = PositionedFile
+
+    def test_small_reads_that_follow_each_other_are_made_by_one(self, path, monkeypatch):
+        calls, preadv = [], os.preadv
+        monkeypatch.setattr(os, "preadv", lambda fd, parts, offset: calls.append(offset) or preadv(fd, parts, offset))
+        monkeypatch.setattr("auto_trans.storage.readers._AHEAD_BYTES", 1000)
+        with contextlib.closing(self.open(path)) as reader:
+            for begin, end in [(0, 10), (10, 300), (290, 700), (990, 5000), (5000, 5001), (20, 40)]:
+                out = np.zeros(end - begin, np.uint8)
+                reader.read_into(begin, out)
+                assert out.tobytes() == CONTENT[begin:end]
+        assert calls == [0, 1000, 5000, 20]
+
+    @given(st.lists(st.tuples(st.integers(0, len(CONTENT)), st.integers(0, 3000)), max_size=12))
+    def test_reads_in_any_order_give_what_is_there(self, tmp_path_factory, places):
+        path = tmp_path_factory.getbasetemp() / "any.ckpt"
+        path.write_bytes(CONTENT) if not path.exists() else None
+        with contextlib.closing(self.open(path)) as reader:
+            for begin, nbytes in places:
+                out = np.zeros(min(nbytes, len(CONTENT) - begin), np.uint8)
+                reader.read_into(begin, out)
+                assert out.tobytes() == reader.read(begin, nbytes).tobytes() == CONTENT[begin : begin + nbytes]
 
     def test_large_array_is_filled_by_several_calls(self, path, monkeypatch):
         monkeypatch.setattr("auto_trans.storage.readers._PREAD_BYTES", 1000)

@@ -106,6 +106,28 @@ def test_what_is_not_needed_of_long_rows_takes_no_memory():
     assert out.tobytes() == content[:, 1].tobytes() and reads == [40] * 4
 
 
+def test_columns_far_apart_are_read_alone_where_nothing_is_mapped(monkeypatch):
+    content, reads = np.arange(400, dtype=np.uint8).reshape(4, 100), []
+
+    class Counted(MemoryFile):
+        def read_into(self, offset, out):
+            reads.append(out.nbytes)
+            super().read_into(offset, out)
+
+    tensor = Tensor("w", "UInt8", (4, 100), 1)
+    shard = Shard(tensor, Box.whole((4, 100)), SourceFile("f", 0, 0), ((0, 400),))
+    plan, out = (
+        TensorPlan(tensor, Box((0, 30), (4, 10)), (Copy(shard, (0, 30), Box.whole((4, 10))),)),
+        np.empty(40, np.uint8),
+    )
+    for gap, expected in ((90, [10] * 4), (91, [400])):
+        monkeypatch.setattr("auto_trans.engine.gather._GAP_BYTES", gap)
+        reads.clear()
+        with Gatherer(1000, lambda file: Counted(content.tobytes(), mapped=False)) as it:
+            it.fill(plan, out)
+        assert out.tobytes() == content[:, 30:40].tobytes() and reads == expected
+
+
 def test_no_more_than_some_hundreds_of_files_are_open_at_once():
     tensor, most, opened = Tensor("w", "UInt8", (600,), 1), 0, []
 

@@ -9,11 +9,12 @@ from itertools import product
 import numpy as np
 import oracle
 import pytest
+from builders import read_file
 
 from auto_trans import convert, load_each, load_into, read_strategy
 from auto_trans.core.strategy import Strategy
 from auto_trans.errors import CorruptCheckpointError, SourceChangedError
-from auto_trans.loading import assemble, file_of_rank, load_file
+from auto_trans.loading import assemble, file_of_rank
 from auto_trans.planned import Planned
 from auto_trans.storage.sources import find_source
 
@@ -156,7 +157,7 @@ def test_parameters_are_those_that_mindspore_loads_from_the_file(
     for rank in range(to_strategy.world_size):
         file = tmp_path / f"rank_{rank}" / f"checkpoint_{rank}.{format}"
         theirs = mindspore.load_checkpoint(str(file), format=format)
-        check_same_parameters(as_parameters(load_file(file)), theirs)
+        check_same_parameters(as_parameters(read_file(file)), theirs)
         planned = Planned(find_source(src, from_strategy), from_strategy, to_strategy, [rank])
         ours = as_parameters(assemble(file_of_rank(planned, rank).tensors))
         check_same_parameters(ours, theirs)
@@ -175,10 +176,10 @@ def test_parameters_of_every_type_are_those_that_mindspore_loads(tmp_path):
     padded = oracle.Raw("str", (0,), "ab\0".encode("utf-32-le"))
     packed = oracle.Raw("Int4", (3, 2), b"\x12\x34\x56")
     oracle.write_raw(file, {**oracle.read_raw(file), "padded": padded, "packed": packed})
-    check_same_parameters(as_parameters(load_file(file)), mindspore.load_checkpoint(str(file)))
+    check_same_parameters(as_parameters(read_file(file)), mindspore.load_checkpoint(str(file)))
     safe = tmp_path / "every.safetensors"
     mindspore.save_checkpoint(builders.every_dtype(), str(safe), format="safetensors")
-    check_same_parameters(as_parameters(load_file(safe)), mindspore.load_checkpoint(str(safe), format="safetensors"))
+    check_same_parameters(as_parameters(read_file(safe)), mindspore.load_checkpoint(str(safe), format="safetensors"))
 
 
 @pytest.mark.mindspore
@@ -188,7 +189,7 @@ def test_type_that_mindspore_does_not_know_is_refused(tmp_path):
 
     file = oracle.write_raw(tmp_path / "net.ckpt", {"w": oracle.Raw("Float3", (1,), b"\1")})
     with pytest.raises(UnsupportedCheckpointError, match="parameter w is of type Float3"):
-        as_parameters(load_file(file))
+        as_parameters(read_file(file))
 
 
 @pytest.mark.mindspore
@@ -196,7 +197,7 @@ def test_parameter_takes_the_memory_of_the_slice(genuine):
     """Read once, straight to where the network takes it from."""
     from auto_trans.network import as_parameters
 
-    slices = list(load_file(genuine.complete("mf_llama")))
+    slices = list(read_file(genuine.complete("mf_llama")))
     parameters = as_parameters(slices)
     assert slices and all(parameters[one.name].data_ptr() == one.data.ctypes.data for one in slices)
 

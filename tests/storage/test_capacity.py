@@ -57,6 +57,17 @@ def test_slices_must_fit_in_memory(machine):
         check_slices_fit(1001)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_slices_of_all_ranks_of_a_machine_must_fit_whoever_has_taken_his_already(machine, version):
+    check_slices_fit(1000, 4)
+    limited(machine, 4000, 3000, 0, version)
+    check_slices_fit(1000, 4)
+    with pytest.raises(
+        InsufficientMemoryError, match=r"slices of the 5 ranks of this machine take 4.9 KiB .* only 3.9 KiB"
+    ):
+        check_slices_fit(1000, 5)
+
+
 def test_disk_is_that_of_the_folder_that_will_be_made(tmp_path):
     missing = tmp_path / "not" / "yet"
     assert free_disk(missing) > 0
