@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Optional, Union
 
@@ -10,7 +11,6 @@ import numpy as np
 from auto_trans.core.plan import TensorPlan
 from auto_trans.core.rules import Allowed
 from auto_trans.core.strategy import Strategy
-from auto_trans.core.tensor import ITEM_BYTES
 from auto_trans.errors import ConfigError, ConfigTypeError, CorruptCheckpointError
 from auto_trans.loading import Loaded, Names, assemble, file_of_rank
 from auto_trans.planned import Planned
@@ -19,8 +19,6 @@ from auto_trans.storage.capacity import check_slices_fit
 from auto_trans.storage.sources import PathLike, StrategyLike, as_strategy, find_source
 
 __all__ = ["as_array", "as_text", "choose_names", "find_slices", "load", "load_each"]
-
-_BFLOAT16_BYTES = ITEM_BYTES["BFloat16"]
 
 _NUMPY: dict[str, Any] = {
     "Bool": np.bool_, "Int8": np.int8, "UInt8": np.uint8, "Int16": np.int16, "UInt16": np.uint16, "Int32": np.int32,
@@ -123,11 +121,13 @@ def find_slices(
     Raises:
         AutoTransError: Anything that is wrong with the input, see `auto_trans.errors`.
     """
-    if type(rank) is not int:
-        raise ConfigTypeError(f"rank must be a whole number, not {rank!r}")
+    try:
+        rank = operator.index(None if isinstance(rank, bool) else rank)  # type: ignore[arg-type]  # also one of numpy
+    except TypeError:
+        raise ConfigTypeError(f"rank must be a whole number, not {rank!r}") from None
     if rank < 0:
         raise ConfigError(f"rank must be 0 or more, not {rank}")
-    from_strategy = as_strategy(src_strategy)
+    src, from_strategy = as_path("«src»", src), as_strategy(src_strategy)
     # without a strategy every rank has all weights whole
     to_strategy = as_strategy(dst_strategy) if dst_strategy is not None else Strategy.complete(rank + 1)
     if rank >= to_strategy.world_size:
@@ -135,7 +135,7 @@ def find_slices(
             f"rank {rank} is not in {to_strategy.origin}, which describes ranks 0 to {to_strategy.world_size - 1}; give one "
             f"of these (rank), or another strategy («dst_strategy»)"
         )
-    checkpoint = find_source(as_path("«src»", src), from_strategy, step=step)
+    checkpoint = find_source(src, from_strategy, step=step)
     planned = Planned(checkpoint, from_strategy, to_strategy, [rank], allowed=allowed)
     tensors = names.choose(file_of_rank(planned, rank).tensors)
     planned.check_heads()
@@ -212,8 +212,9 @@ def _type_for(tensors: Iterable[TensorPlan], given: Any) -> Any:
         ConfigError: There is none.
     """
     if given is not None:
-        if not isinstance(given, (type, np.dtype)) or np.dtype(given).itemsize != _BFLOAT16_BYTES:
-            raise ConfigTypeError(f"bfloat16 must be a type of numpy of {_BFLOAT16_BYTES} bytes, not {given!r}")
+        # float16 would read the bits as other numbers
+        if not isinstance(given, (type, np.dtype)) or np.dtype(given).name not in ("bfloat16", "uint16", "int16"):
+            raise ConfigTypeError(f"bfloat16 must be numpy.uint16, for the bits, or a type of bfloat16, not {given!r}")
         return given
     name = next((tensor.name for tensor in tensors if tensor.dtype == "BFloat16"), None)
     if name is None:

@@ -184,11 +184,13 @@ def _safetensors(load: Load, use_parallel: bool) -> Load:
         if is_checkpoint2(path):
             if load.config.is_direct and ITERATION_FOLDER.match(path.resolve().name):
                 return load
-            direct = "give the folder of an iteration" if load.config.is_direct else "set auto_trans: {load: direct}"
+            direct = "give the folder of an iteration" + (
+                "" if load.config.is_direct else " with auto_trans: {load: direct}"
+            )
             raise ConfigError(
                 f"load_checkpoint {path} is {'of ' if path.is_file() else ''}a Checkpoint 2.0; MindFormers 1.9 and later "
-                f"loads it with checkpoint: {{load_path: ...}}; for this job {direct}, or convert it to rank folders: "
-                f"auto-trans convert {path.parent if path.is_file() else path} ... --dst-strategy ..."
+                f"loads it with checkpoint: {{load_path: ...}}; for this job give the folder of an iteration{direct}, or "
+                f"convert it: auto-trans convert {path.parent if path.is_file() else path} ... --dst-strategy ..."
             )
         of_a_rank = path.is_file() and RANK_FOLDER.match(path.parent.name)
         folder = path.parent.parent if of_a_rank else path

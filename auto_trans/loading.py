@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -22,6 +23,7 @@ from auto_trans.errors import PlanError
 from auto_trans.planned import Planned
 from auto_trans.sizes import format_bytes, plural
 from auto_trans.storage.checkpoint import Checkpoint
+from auto_trans.storage.readers import open_reader
 
 __all__ = ["LoadReport", "Loaded", "Names", "assemble", "file_of_rank", "find_file"]
 
@@ -132,7 +134,7 @@ def assemble(
         SourceChangedError: A source file was written to since its head was read. What was yielded before may be of either
             state.
     """
-    with Gatherer(_BUFFER_BYTES) as gatherer:
+    with Gatherer(_BUFFER_BYTES, partial(open_reader, mapped=False)) as gatherer:
         files, memory = {}, _Slabs([tensor.nbytes for tensor in tensors], _KEPT_SLAB_BYTES if keep else _SLAB_BYTES)
         for tensor in tensors:
             data = memory.take(tensor.nbytes)

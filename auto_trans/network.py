@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional, Union
 
 from auto_trans.arrays import as_array, as_text, choose_names, find_slices
-from auto_trans.core.rules import Allowed
-from auto_trans.core.tensor import ITEM_BYTES
-from auto_trans.errors import UnsupportedCheckpointError
+from auto_trans.core.consistency import Network
+from auto_trans.core.plan import TensorPlan
+from auto_trans.core.rules import Allowed, some
+from auto_trans.core.tensor import ITEM_BYTES, Shape
+from auto_trans.errors import ConfigTypeError, PlanError, UnsupportedCheckpointError
 from auto_trans.loading import Loaded, assemble
 from auto_trans.storage.capacity import check_slices_fit
 from auto_trans.storage.sources import PathLike, StrategyLike
 
-__all__ = ["as_parameters", "load_into"]
+__all__ = ["as_parameters", "load_into", "look_at"]
 
 
 def load_into(
@@ -56,17 +59,42 @@ def load_into(
         source that the network does not have.
 
     Raises:
-        AutoTransError: Anything that is wrong with the input, see `auto_trans.errors`.
+        AutoTransError: Anything that is wrong with the input, see `auto_trans.errors`; the network stays as it was.
+        RuntimeError: MindSpore does not convert the type of a parameter; it has set those before it.
     """
     import mindspore
 
+    if not isinstance(network, mindspore.nn.Cell):
+        raise ConfigTypeError(f"network must be a mindspore.nn.Cell, not {network!r}")
     tensors = find_slices(
         src, _rank() if rank is None else rank, src_strategy, dst_strategy,
         choose_names(names, only_prefix, skip_prefix), step=step, allowed=Allowed.of(allow_extra, allow_missing),
     )  # fmt: skip
+    _check_fits(look_at(1, network).shapes, tensors, strict_load)
     check_slices_fit(sum(tensor.nbytes for tensor in tensors))
     not_loaded, unknown = mindspore.load_param_into_net(network, as_parameters(assemble(tensors)), strict_load)
     return list(not_loaded), list(unknown)
+
+
+def _check_fits(shapes: Mapping[str, Shape], tensors: Sequence[TensorPlan], strict: bool) -> None:
+    """Looks whether a network has parameters of these names and sizes, before any is set.
+
+    Raises:
+        PlanError: It has none of them, or one has another shape.
+    """
+    names = {tensor.name for tensor in tensors}
+    endings = {name.partition(".")[2] for name in (*names, *shapes)}  # by which MindSpore finds some, too
+    if not names & shapes.keys() and (strict or not endings & (names | shapes.keys())):
+        raise PlanError(
+            f"the source holds no parameter of the network ({some(tensor.name for tensor in tensors)} instead of {some(shapes)}): it is of another model"
+        )
+    for tensor in tensors:
+        expected = shapes.get(tensor.name, tensor.shape)
+        if math.prod(expected) != math.prod(tensor.shape):
+            raise PlanError(
+                f"parameter {tensor.name} is {list(expected)} in the network, but {list(tensor.shape)} is loaded; give the "
+                f"strategy that the network was compiled under («dst_strategy»), and its own rank"
+            )
 
 
 def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
@@ -109,3 +137,18 @@ def _rank() -> int:
     from mindspore.communication import GlobalComm, get_rank
 
     return int(get_rank()) if GlobalComm.INITED else 0
+
+
+def look_at(world_size: int, *cells: Any) -> Network:
+    """What is known of networks and optimizers that MindFormers has built, and perhaps compiled."""
+    from mindspore import context
+
+    shapes = {}
+    for cell in cells:
+        for _, parameter in cell.parameters_and_names() if hasattr(cell, "parameters_and_names") else ():
+            shape = tuple(parameter.shape)
+            if all(n >= 0 for n in shape):  # -1: not known before the first step
+                shapes[parameter.name] = shape
+    # with parallel_mode STAND_ALONE the layers of a network for inference are built as slices
+    sliced = world_size > 1 and context.get_auto_parallel_context("parallel_mode") != "data_parallel"
+    return Network(shapes, sliced=sliced)

@@ -151,7 +151,7 @@ def test_chosen_parameters_come_in_file_order(sliced, choice, chosen):
         ({"only_prefix": ""}, ConfigTypeError, "only_prefix must be"),
         ({"skip_prefix": None}, ConfigTypeError, "skip_prefix must be"),
         ({"allow_extra": [1]}, ConfigTypeError, "allow_extra"),
-        ({"bfloat16": np.float32}, ConfigTypeError, "bfloat16 must be a type of numpy of 2 bytes"),
+        ({"bfloat16": np.float32}, ConfigTypeError, "bfloat16 must be numpy.uint16, for the bits"),
         ({"bfloat16": "uint16"}, ConfigTypeError, "bfloat16 must be"),
         ({"step": "9_9"}, AutoTransError, "9_9"),
     ],
@@ -170,6 +170,35 @@ def test_wrong_choice_is_told_before_anything_is_loaded(sliced, choice, error, m
 def test_rank_that_the_target_does_not_have_is_refused(sliced, rank, error):
     with pytest.raises(error, match="rank"):
         load_each(sliced[0], rank, *sliced[1:])
+
+
+@pytest.mark.parametrize("given", [b"strategy", "", ["strategy"], 3])
+def test_strategy_that_is_no_path_is_refused(sliced, given):
+    for strategies in ((given, sliced[2]), (sliced[1], given)):
+        with pytest.raises(ConfigTypeError, match="a strategy must be a path"):
+            load(sliced[0], 0, *strategies)
+
+
+@pytest.mark.parametrize("step", [(1, 1), 1, b"1_1"])
+def test_step_that_is_no_text_is_refused(sliced, step):
+    with pytest.raises(ConfigError, match="must be an epoch and a step"):
+        load(*sliced[:1], 0, *sliced[1:], step=step)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7, np.int64(3)])
+def test_without_a_target_strategy_every_rank_has_all_weights_whole(sliced, rank):
+    whole, own = load(sliced[0], 0, sliced[1]), load(sliced[0], rank, sliced[1])
+    assert whole.keys() == own.keys() and all(np.array_equal(own[name], array) for name, array in whole.items())
+
+
+def test_file_that_becomes_shorter_while_it_is_read_is_an_error(tmp_path):
+    """A mapped one would end the process without a word."""
+    path = written(tmp_path, {f"w{i}": np.full(MIB, i, np.uint8) for i in range(4)})
+    slices = load_each(path)
+    next(slices)
+    os.truncate(path, 1000)
+    with pytest.raises((CorruptCheckpointError, SourceChangedError), match=path.name):
+        list(slices)
 
 
 def test_source_that_is_not_there_is_named(tmp_path):

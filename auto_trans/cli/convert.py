@@ -83,9 +83,8 @@ def add_parser(subparsers: Any) -> None:
     add(
         "--npu-num-per-node",
         type=int,
-        default=8,
         metavar="N",
-        help="with --dry-run: devices of a node of the job, to tell what a node reads (default: %(default)s)",
+        help="with --dry-run: devices of a node of the job, to tell what a node reads (default: 8)",
     )
     add("--verify", action="store_true", help="compare every byte with the source afterwards")
     add("--quiet", action="store_true", help="show no progress")
@@ -95,8 +94,12 @@ def add_parser(subparsers: Any) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     from auto_trans.conversion import plan_conversions
 
-    for flag, conflict in (("--measure", not arguments.dry_run), ("--verify", arguments.dry_run)):
-        if getattr(arguments, flag[2:]) and conflict:
+    for flag, given, conflict in (
+        ("--measure", arguments.measure, not arguments.dry_run),
+        ("--npu-num-per-node", arguments.npu_num_per_node is not None, not arguments.dry_run),
+        ("--verify", arguments.verify, arguments.dry_run),
+    ):
+        if given and conflict:
             arguments.parser.error(f"argument {flag}: only allowed with{'out' * arguments.dry_run} --dry-run")
     good = True
     facts: list[dict[str, Any]] = []
@@ -199,6 +202,7 @@ def _show_direct(reads: dict[str, int]) -> None:
     print(f"\nin a job with auto_trans: {{load: direct}}, which writes nothing (tensors, {devices}):")
     rows = [(f"a {one}", *(format_bytes(reads[key]) for key in (one, f"{one}s"))) for one in ("rank", "node")]
     print_table(("", "busiest reads", "all read"), rows, right=(1, 2))
+    print("what several ranks of a node read comes from its page cache, and counts once")
 
 
 def _show_advice(advice: list[dict[str, Any]]) -> None:

@@ -15,9 +15,10 @@ from auto_trans.hooks.job import Job, Running, in_yaml_words
 from auto_trans.hooks.safetensors import check_concatenation
 from auto_trans.jobs import RESHARDS, Load, load_path, reshards_itself
 from auto_trans.log import logger
+from auto_trans.network import look_at
 from auto_trans.storage.sources import ScannedFiles
 
-__all__ = ["check_settings", "load_checkpoint", "look_at", "preload"]
+__all__ = ["check_settings", "load_checkpoint", "preload"]
 
 
 def check_settings(original: Callable[..., None], trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -105,21 +106,6 @@ def _arguments(
 ) -> tuple[Any, Any, bool, bool]:
     """The last arguments of MindFormers' function, by name."""
     return dataset, optimizer, do_eval, do_predict
-
-
-def look_at(world_size: int, *cells: Any) -> Network:
-    """What is known of networks and optimizers that MindFormers has built, and perhaps compiled."""
-    from mindspore import context
-
-    shapes = {}
-    for cell in cells:
-        for _, parameter in cell.parameters_and_names() if hasattr(cell, "parameters_and_names") else ():
-            shape = tuple(parameter.shape)
-            if all(n >= 0 for n in shape):  # -1: not known before the first step
-                shapes[parameter.name] = shape
-    # with parallel_mode STAND_ALONE the layers of a network for inference are built as slices
-    sliced = world_size > 1 and context.get_auto_parallel_context("parallel_mode") != "data_parallel"
-    return Network(shapes, sliced=sliced)
 
 
 def _check_known(load: Load, network: Any, known: Network) -> None:

@@ -234,9 +234,17 @@ class MappedFile(PositionedFile):
         self._bytes = np.empty(0, np.uint8)
 
 
-def open_reader(file: SourceFile) -> Reader:
-    """Opens a source file: mapped, or read in large pieces where it lies on a network file system."""
-    return PositionedFile(file) if file.contents is None and _is_remote(file.path) else MappedFile(file)
+def open_reader(file: SourceFile, *, mapped: bool = True) -> Reader:
+    """Opens a source file: mapped, or read in large pieces.
+
+    Args:
+        file: The file.
+        mapped: Whether it may be mapped, unless it lies on a network file system. Columns cost less CPU then, but a file
+            that becomes shorter meanwhile ends the process.
+    """
+    if file.contents is None and (not mapped or _is_remote(file.path)):
+        return PositionedFile(file)
+    return MappedFile(file)
 
 
 def _is_remote(path: str, mounts: str = "/proc/self/mountinfo") -> bool:

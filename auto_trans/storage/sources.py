@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import CheckpointNotFoundError, ConfigError, UnsupportedCheckpointError
+from auto_trans.errors import CheckpointNotFoundError, ConfigError, ConfigTypeError, UnsupportedCheckpointError
 from auto_trans.log import logger
 from auto_trans.storage.checkpoint import Checkpoint
 from auto_trans.storage.checkpoint2.find import check_no_iteration_file, find_iteration, is_checkpoint2
@@ -146,10 +146,18 @@ def find_checkpoints(
 
 
 def as_strategy(strategy: StrategyLike) -> Strategy:
-    """Reads a strategy unless it is one; nothing means complete weights, as does MindFormers' ``"None"``."""
+    """Reads a strategy unless it is one; None means complete weights, as does MindFormers' ``"None"``.
+
+    Raises:
+        ConfigTypeError: It is neither a strategy nor the path of one. An empty path is none: a variable may not be set.
+    """
     if isinstance(strategy, Strategy):
         return strategy
-    return read_strategy(strategy) if strategy and strategy != "None" else Strategy.complete()
+    if strategy is None or strategy == "None":
+        return Strategy.complete()
+    if not isinstance(strategy, (str, os.PathLike)) or not str(strategy):
+        raise ConfigTypeError(f"a strategy must be a path («src_strategy», «dst_strategy»), not {strategy!r}")
+    return read_strategy(strategy)
 
 
 def _find_file(path: Path) -> Checkpoint:

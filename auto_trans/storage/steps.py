@@ -70,7 +70,7 @@ def choose_step(candidates: Candidates, step: str) -> dict[int, list[Path]]:
         CheckpointNotFoundError: A rank has none.
         ConfigError: It is no step.
     """
-    if not re.fullmatch(r"\d+_\d+", step):
+    if not isinstance(step, str) or not re.fullmatch(r"\d+_\d+", step):
         raise ConfigError(f"«step» must be an epoch and a step such as 3_200, not {step!r}")
     return _choose(candidates, lambda file: str(_step_of(file)) == step, f"step {step}", "«step»")
 

@@ -30,6 +30,7 @@ def sliced(genuine):
     "arguments, message",
     [
         (["convert", "a", "b", "--measure"], "--measure: only allowed with --dry-run"),
+        (["convert", "a", "b", "--npu-num-per-node", "8"], "--npu-num-per-node: only allowed with --dry-run"),
         (["convert", "a", "b", "--dry-run", "--verify"], "--verify: only allowed without --dry-run"),
         (["inspect", STRATEGY, "--crc"], "--crc"),
         (["inspect", STRATEGY, "--html", "x", "--json"], "--json: not allowed with argument --html"),

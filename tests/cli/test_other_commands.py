@@ -175,6 +175,18 @@ def test_doctor_of_a_job_that_is_ready(auto_trans, job):
     assert "2 converters of 64.0 MiB of memory each" in out and "2 of 8 ranks will convert" in out
 
 
+def test_doctor_of_a_job_that_loads_directly(auto_trans, job):
+    out = auto_trans("doctor", job(auto_trans={"load": "direct"})).stdout
+    assert "of weights are read, and none are written" in out and "converters of" not in out
+    assert "8 ranks will load straight from the source, and nothing will be converted" in out
+
+
+def test_doctor_of_an_output_that_is_a_file(auto_trans, job, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    out = auto_trans("doctor", job(output_dir=str(tmp_path / "file")), code=1)
+    assert "file cannot be used" in out.stdout + out.stderr and "Traceback" not in out.stderr
+
+
 def test_doctor_leaves_nothing_behind(auto_trans, job, tmp_path):
     config = job(output_dir=str(tmp_path / "deep" / "output"))
     before = sorted(tmp_path.rglob("*"))
@@ -201,6 +213,9 @@ def test_doctor_says_where_the_number_of_ranks_contradicts_the_yaml(auto_trans, 
         ({"transform_process_num": 3}, "set it to one of 1, 2, 4, 8"),
         ({"transform_process_num": "two"}, "must be a whole number"),
         ({"output_dir": "/proc/none"}, "/proc/none"),
+        ({"auto_trans": {"load": "directly"}}, "auto_trans: {load: ...} must be one of files, direct, not 'directly'"),
+        ({"auto_trans": {"load": "direct", "engine": "mindspore"}}, "goes with auto_trans: {engine: ...} native only"),
+        ({"auto_trans": {"load": "direct", "unify": True}}, "leave auto_trans: {unify: True} out"),
         ({"auto_trans": {"memory": "1GiB"}}, "auto_trans has no setting memory; it has engine, load"),
         ({"use_parallel": "maybe"}, "use_parallel must be True or False, not 'maybe'"),
         ({"npu_num_per_node": True}, "npu_num_per_node must be a power of 2, not True"),

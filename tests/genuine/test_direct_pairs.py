@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import OrderedDict
 from itertools import product
 
 import numpy as np
@@ -13,7 +14,7 @@ from builders import read_file
 
 from auto_trans import convert, load_each, load_into, read_strategy
 from auto_trans.core.strategy import Strategy
-from auto_trans.errors import CorruptCheckpointError, SourceChangedError
+from auto_trans.errors import ConfigTypeError, CorruptCheckpointError, PlanError, SourceChangedError
 from auto_trans.loading import assemble, file_of_rank
 from auto_trans.planned import Planned
 from auto_trans.storage.sources import find_source
@@ -280,3 +281,27 @@ def test_network_is_untouched_if_a_file_changes_while_it_is_read(script, monkeyp
     with pytest.raises(SourceChangedError, match="net_rank_1-1_1"):
         load_into(script.network, script.folder, script.source)
     assert script.is_untouched()
+
+
+@pytest.mark.mindspore
+def test_network_of_other_shapes_or_names_is_refused_untouched(script):
+    from mindspore import nn
+
+    rank_1 = (script.folder, script.source, script.source)
+    with pytest.raises(
+        PlanError, match=r"0.weight is \[2, 4\] in the network, but \[1, 4\] is loaded; give the strategy"
+    ):
+        load_into(script.network, *rank_1, rank=1)
+    assert script.is_untouched()
+    with pytest.raises(PlanError, match=r"holds no parameter of the network \(0.weight, .* instead of other_name"):
+        load_into(nn.SequentialCell(OrderedDict(other_name=nn.Dense(4, 2))), script.folder, script.source)
+    for network in ({}, None, "network"):
+        with pytest.raises(ConfigTypeError, match=r"network must be a mindspore.nn.Cell"):
+            load_into(network, script.folder, script.source)
+
+
+@pytest.mark.mindspore
+@pytest.mark.parametrize("rank", [0, 3])
+def test_every_rank_gets_whole_weights_where_the_network_is_whole(script, rank):
+    load_into(script.network, script.folder, script.source, rank=rank)
+    assert (script.values()["0.weight"] == script.full["0.weight"]).all()
