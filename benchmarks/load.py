@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -60,7 +62,7 @@ def load(name: str, case: Mapping[str, Any]) -> dict[str, Any]:
 
     if name == "mindspore" and "map" in case:
         return mindspore.load_distributed_checkpoint(
-            mindspore.nn.Cell(), predict_strategy=case["target_file"], unified_safetensors_dir=case["source"],
+            mindspore.nn.Cell(), predict_strategy=case["target_file"], unified_safetensors_dir=case["stock"],
             format="safetensors", name_map=case["map"], rank_id=RANK, return_param_dict=True,
         )  # fmt: skip
     if name == "mindspore":
@@ -150,8 +152,11 @@ def prepare_names(folder: Path, shapes: Shapes, dtype: str, parallel: Parallel) 
         write_checkpoint(file, part, dtype)
         where.update(dict.fromkeys(part, file.name))
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    stock = folder / "mindspore"  # the same files, with the index that MindSpore wants
+    shutil.copytree(source, stock, copy_function=os.link, ignore=shutil.ignore_patterns("*.json"))
+    (stock / "param_name_map.json").write_text(json.dumps({name: where[names[name]] for name in shapes}))
     return {
-        "source": str(source), "target_strategy": str(strategy), "map": names, "format": "safetensors",
+        "source": str(source), "stock": str(stock), "target_strategy": str(strategy), "map": names, "format": "safetensors",
         "target_file": str(strategy / "ckpt_strategy_rank_0.ckpt"),
     }  # fmt: skip
 
