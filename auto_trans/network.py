@@ -75,11 +75,14 @@ def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
     from mindspore.common.np_dtype import bfloat16
 
     parameters: dict[str, Any] = {}
+    blanks: dict[Any, Any] = {}
     for one in slices:
         if one.dtype in ITEM_BYTES:
             tensor = Tensor.from_numpy(as_array(one, bfloat16))
             # Parameter() copies what anybody else may know of; what it is set to it takes as it is
-            parameter = Parameter(Tensor(0, tensor.dtype), name=one.name)
+            if one.dtype not in blanks:
+                blanks[one.dtype] = Tensor(0, tensor.dtype)
+            parameter = Parameter(blanks[one.dtype], name=one.name)
             parameter.set_data(tensor, slice_shape=True)
             parameter.sliced = False
         elif one.dtype == "str":

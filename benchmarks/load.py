@@ -7,7 +7,8 @@ another loads its slices. "direct" takes them from there: reads the strategies, 
 auto_trans, and "mindspore" with ``mindspore.load_checkpoint``, the file of this rank that is converted already.
 
 "names": one complete safetensors set with its index, under HuggingFace's names, goes to four ranks. "direct" renames, plans
-and assembles; "mindspore" is ``load_distributed_checkpoint`` with ``name_map``.
+and assembles; "mindspore" is ``load_distributed_checkpoint`` with ``name_map``. Both load for rank 0, for which MindSpore
+takes every process outside a job.
 
 All give parameters of MindSpore, by name. MindSpore maps a safetensors file and reads it only when its parameters are used,
 so two things are measured: the load, and the load with one use, in which the bytes of every parameter are copied once to a
@@ -29,7 +30,7 @@ from typing import Any
 
 from compare import MP4, MP4PP2, MP8, RESHARDED, SHARDED, Case, Parallel, case_name
 from compare import prepare as prepare_case
-from harness import Sample, add_arguments, dispatch, interleave, measure, table, work_folder
+from harness import Sample, add_arguments, in_fork, interleave_forks, measure, table, work_folder
 from synthetic import Shapes, llama_parameters, with_moments, write_checkpoint, write_strategy
 
 from auto_trans import read_strategy
@@ -63,7 +64,7 @@ def load(name: str, case: Mapping[str, Any]) -> dict[str, Any]:
     if name == "mindspore" and "map" in case:
         return mindspore.load_distributed_checkpoint(
             mindspore.nn.Cell(), predict_strategy=case["target_file"], unified_safetensors_dir=case["stock"],
-            format="safetensors", name_map=case["map"], rank_id=RANK, return_param_dict=True,
+            format="safetensors", name_map=case["map"], return_param_dict=True,
         )  # fmt: skip
     if name == "mindspore":
         return mindspore.load_checkpoint(case["file"], format=case["format"])
@@ -79,8 +80,8 @@ def slices(name: str, case: Mapping[str, Any]) -> Iterator[Loaded]:
         return load_slices(case["source"], RANK, *strategies, Names(), step=None, allowed=NOTHING)
     whole, target = Strategy.complete(), read_strategy(case["target_strategy"])
     checkpoint = find_source(case["source"], whole)
-    planned = Planned(checkpoint, whole, target, [RANK], edits=(Rename(tuple(case["map"].items())),))
-    return assemble(file_of_rank(planned, RANK).tensors)
+    planned = Planned(checkpoint, whole, target, [0], edits=(Rename(tuple(case["map"].items())),))
+    return assemble(file_of_rank(planned, 0).tensors)
 
 
 def as_bytes(parameter: Any) -> Any:
@@ -90,7 +91,7 @@ def as_bytes(parameter: Any) -> Any:
     return parameter.asnumpy().reshape(-1).view(np.uint8)
 
 
-def child(name: str, case: dict[str, Any], target: Path) -> Sample:
+def measure_one(name: str, case: Mapping[str, Any]) -> Sample:
     """Measures one load in this process."""
     import mindspore
     import numpy as np
@@ -110,13 +111,14 @@ def child(name: str, case: dict[str, Any], target: Path) -> Sample:
     return {**loaded, **both, "bytes": float(sum(as_bytes(one).size for one in held.values()))}
 
 
-def check(case: Mapping[str, Any], candidates: Sequence[str]) -> None:
+def check(case: Mapping[str, Any], candidates: Sequence[str]) -> bool:
     """Fails unless all candidates load the same."""
     ours, *others = [{name: as_bytes(one) for name, one in load(by, case).items()} for by in candidates]
     for by, other in zip(candidates[1:], others):
         wrong = [name for name in ours.keys() | other.keys() if not _alike(ours.get(name), other.get(name))]
         if wrong:
             raise RuntimeError(f"{candidates[0]} and {by} differ in {wrong[:3]} ({len(wrong)} in all)")
+    return True
 
 
 def _alike(one: Any, other: Any) -> bool:
@@ -161,10 +163,12 @@ def prepare_names(folder: Path, shapes: Shapes, dtype: str, parallel: Parallel) 
     }  # fmt: skip
 
 
-def measure_case(folder: Path, what: str, case: dict[str, Any], candidates: Sequence[str], runs: int) -> dict[str, Any]:
+def measure_case(what: str, case: dict[str, Any], candidates: Sequence[str], runs: int) -> dict[str, Any]:
     """Checks and measures all candidates."""
-    check(case, candidates)
-    found = interleave(__file__, candidates, case, runs, target=folder / "target")
+    import mindspore  # noqa: F401 - once for all that is forked
+
+    in_fork(lambda: check(case, candidates))
+    found = interleave_forks(lambda name: measure_one(name, case), candidates, runs)
     print(f"{what} measured", file=sys.stderr, flush=True)
     return {"case": what, "by": found}
 
@@ -179,7 +183,7 @@ def measure_rank(parent: Any, nbytes: int, runs: int, dtype: str, form: str) -> 
             facts = prepare_rank(folder / "large", shapes, dtype, form, case)
             facts.update(warm_up=warm_up, largest=2 * max(map(math.prod, shapes.values())))
             what = f"{case_name(case)}, {dtype.lower()} {form}"
-            results.append(measure_case(folder, what, facts, ("direct", "file", "mindspore"), runs))
+            results.append(measure_case(what, facts, ("direct", "file", "mindspore"), runs))
     return results
 
 
@@ -190,7 +194,7 @@ def measure_names(parent: Any, nbytes: int, runs: int, dtype: str) -> list[dict[
         case = prepare_names(folder / "large", shapes, dtype, MP4)
         warm_up = prepare_names(folder / "small", llama_parameters(0), dtype, MP4)
         case.update(warm_up=warm_up, largest=2 * max(map(math.prod, shapes.values())))
-        return [measure_case(folder, f"HuggingFace -> mp4, {dtype.lower()}", case, ("direct", "mindspore"), runs)]
+        return [measure_case(f"HuggingFace -> mp4, {dtype.lower()}", case, ("direct", "mindspore"), runs)]
 
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
@@ -233,4 +237,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    dispatch(child, main)
+    main()

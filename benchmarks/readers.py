@@ -2,8 +2,8 @@
 
     python benchmarks/readers.py [--gigabytes 1] [--runs 5] [--latency 1] [--folder /tmp/x] [--json results.json]
 
-A rank takes its part of four matrices of a complete ``.ckpt`` file: a quarter of their rows, or of their columns. "cold": the
-file is not in the page cache. "slow": it lies on a file system in user space (`slow_disk.py`) that answers every read
+A rank takes its part of four matrices of a complete ``.ckpt`` file: a quarter of their rows, or of their columns. "cold":
+the file is not in the page cache. "slow": it lies on a file system in user space (`slow_disk.py`) that answers every read
 after some milliseconds, as a file server does; left out where none can be mounted (it needs fusepy and libfuse). Last come
 the sizes of the pieces of memory that slices are cut from, and of the buffer for rows, of which only a part is needed.
 """

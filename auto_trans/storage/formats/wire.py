@@ -129,6 +129,10 @@ class WireReader:
         return value
 
     def _varint(self) -> int:
+        begin = self.position - self._start
+        if 0 <= begin < len(self._window) and self.position < self.end and self._window[begin] < 0x80:
+            self.position += 1  # nearly all are one byte, and a strategy is thousands of them
+            return self._window[begin]
         value = shift = 0
         while True:
             byte = self._take(1)[0]
