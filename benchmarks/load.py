@@ -23,10 +23,11 @@ import json
 import math
 import os
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from compare import MP4, MP4PP2, MP8, RESHARDED, SHARDED, Case, Parallel, case_name
 from compare import prepare as prepare_case
@@ -46,6 +47,7 @@ RANK = 3
 CASES: list[Case] = [(MP8, MP4), (None, MP8), (MP4PP2, MP4), (SHARDED, RESHARDED)]
 TYPES, FORMS, GROUPS = ("Float16", "BFloat16"), ("ckpt", "safetensors"), ("rank", "names")
 FILES_OF_SET = 4
+USED = ("wall used", "cpu used")
 # the network's words for a parameter, and HuggingFace's
 _WORDS = {
     "tok_embeddings.embedding_weight": "embed_tokens.weight", "attention.": "self_attn.", ".wq.": ".q_proj.",
@@ -198,18 +200,44 @@ def measure_names(parent: Any, nbytes: int, runs: int, dtype: str) -> list[dict[
 
 
 def show(results: Sequence[Mapping[str, Any]]) -> None:
-    """Prints a table."""
+    """Prints a table of medians, and the geometric means of the ratios of medians and of the fastest runs."""
     rows = []
+    ratios: dict[str, list[list[float]]] = {}
     for result in results:
-        ours = result["by"]["direct"]["median"]
-        for by, m in ((by, found["median"]) for by, found in result["by"].items()):
-            row = [f"{result['case']}: {by}", *(f"{m[key]:.3f}" for key in ("wall", "cpu", "wall used", "cpu used"))]
+        ours, ours_best = (_statistic(result["by"]["direct"], how) for how in (statistics.median, min))
+        for by, found in result["by"].items():
+            m, best = (_statistic(found, how) for how in (statistics.median, min))
+            row = [f"{result['case']}: {by}", *(f"{m[key]:.3f}" for key in ("wall", "cpu", *USED))]
             row += [f"{m['memory'] / 2**20:.0f}", f"{m['bytes'] / 2**20:.0f}"]
-            rows.append(
-                [*row, *("" if m is ours else f"{ours[f'{k} used'] / m[f'{k} used']:.2f}" for k in ("wall", "cpu"))]
+            found_ratios = [one[key] / other[key] for one, other in ((ours, m), (ours_best, best)) for key in USED]
+            rows.append([*row, *("" if by == "direct" else f"{ratio:.2f}" for ratio in found_ratios)])
+            ratios.setdefault(by, []).append(found_ratios)
+    heads = (
+        "load s",
+        "CPU s",
+        "and use s",
+        "CPU s",
+        "memory MiB",
+        "slices MiB",
+        "direct / this",
+        "CPU",
+        "fastest",
+        "CPU",
+    )
+    print(table(("case: by", *heads), rows))
+    for by in (by for by in ratios if by != "direct"):
+        means = [f"{math.exp(statistics.fmean(map(math.log, column))):.2f}" for column in zip(*ratios[by])]
+        print(
+            "\ndirect takes {} of the wall time of {by} and {} of its CPU; in the fastest runs {} and {}".format(
+                *means, by=by
             )
-    heads = ("load s", "CPU s", "and use s", "CPU s", "memory MiB", "slices MiB", "direct / this, wall", "CPU")
-    print(table(("case: by", *heads), rows), flush=True)
+        )
+    sys.stdout.flush()
+
+
+def _statistic(found: Mapping[str, Any], how: Callable[[list[float]], float]) -> dict[str, float]:
+    samples = found["samples"]
+    return {key: how([sample[key] for sample in samples]) for key in samples[0]}
 
 
 def main() -> None:
