@@ -108,6 +108,7 @@ def in_fork(run: Callable[[], Any]) -> Any:
     fork = os.fork()
     if not fork:
         try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # progress bars
             os.write(write, json.dumps(run()).encode())
             os._exit(0)
         except BaseException:
