@@ -207,23 +207,14 @@ def show(results: Sequence[Mapping[str, Any]]) -> None:
         ours, ours_best = (_statistic(result["by"]["direct"], how) for how in (statistics.median, min))
         for by, found in result["by"].items():
             m, best = (_statistic(found, how) for how in (statistics.median, min))
-            row = [f"{result['case']}: {by}", *(f"{m[key]:.3f}" for key in ("wall", "cpu", *USED))]
-            row += [f"{m['memory'] / 2**20:.0f}", f"{m['bytes'] / 2**20:.0f}"]
+            cells = [f"{m[key]:.2f}" for key in USED] + [f"{best[key]:.3f}" for key in ("wall", *USED)]
+            cells += [f"{m['memory'] / 2**20:.0f}", f"{m['bytes'] / 2**20:.0f}"]
             found_ratios = [one[key] / other[key] for one, other in ((ours, m), (ours_best, best)) for key in USED]
-            rows.append([*row, *("" if by == "direct" else f"{ratio:.2f}" for ratio in found_ratios)])
+            name = f"{result['case']}: {by}"
+            rows.append([name, *cells, *("" if by == "direct" else f"{ratio:.2f}" for ratio in found_ratios)])
             ratios.setdefault(by, []).append(found_ratios)
-    heads = (
-        "load s",
-        "CPU s",
-        "and use s",
-        "CPU s",
-        "memory MiB",
-        "slices MiB",
-        "direct / this",
-        "CPU",
-        "fastest",
-        "CPU",
-    )
+    heads = ["and use s", "CPU s", "fastest load s", "and use s", "CPU s", "memory MiB", "slices MiB"]
+    heads += ["direct / this", "CPU", "fastest", "CPU"]
     print(table(("case: by", *heads), rows))
     for by in (by for by in ratios if by != "direct"):
         means = [f"{math.exp(statistics.fmean(map(math.log, column))):.2f}" for column in zip(*ratios[by])]
