@@ -85,8 +85,9 @@ def _check_fits(shapes: Mapping[str, Shape], tensors: Sequence[TensorPlan], stri
     names = {tensor.name for tensor in tensors}
     endings = {name.partition(".")[2] for name in (*names, *shapes)}  # by which MindSpore finds some, too
     if not names & shapes.keys() and (strict or not endings & (names | shapes.keys())):
+        held = some(tensor.name for tensor in tensors)
         raise PlanError(
-            f"the source holds no parameter of the network ({some(tensor.name for tensor in tensors)} instead of {some(shapes)}): it is of another model"
+            f"the source holds no parameter of the network ({held} instead of {some(shapes)}): it is of another model"
         )
     for tensor in tensors:
         expected = shapes.get(tensor.name, tensor.shape)
@@ -109,11 +110,14 @@ def as_parameters(slices: Iterable[Loaded]) -> dict[str, Any]:
     from mindspore.common.np_dtype import bfloat16
 
     parameters: dict[str, Any] = {}
+    blanks: dict[Any, Any] = {}
     for one in slices:
         if one.dtype in ITEM_BYTES:
             tensor = Tensor.from_numpy(as_array(one, bfloat16))
             # Parameter() copies what anybody else may know of; what it is set to it takes as it is
-            parameter = Parameter(Tensor(0, tensor.dtype), name=one.name)
+            if one.dtype not in blanks:
+                blanks[one.dtype] = Tensor(0, tensor.dtype)
+            parameter = Parameter(blanks[one.dtype], name=one.name)
             parameter.set_data(tensor, slice_shape=True)
             parameter.sliced = False
         elif one.dtype == "str":

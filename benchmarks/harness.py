@@ -16,12 +16,15 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Optional
 
-__all__ = ["Sample", "add_arguments", "dispatch", "interleave", "measure", "table", "work_folder"]
+__all__ = [
+    "Sample", "add_arguments", "dispatch", "in_fork", "interleave", "interleave_forks", "measure", "table", "work_folder",
+]  # fmt: skip
 
 Sample = dict[str, float]
 
@@ -77,10 +80,46 @@ def interleave(
             if run:
                 samples[name].append(json.loads(out.stdout.strip().splitlines()[-1]))
             shutil.rmtree(target, ignore_errors=True)
-    return {
-        name: {"median": {key: statistics.median(run[key] for run in runs_) for key in runs_[0]}, "samples": runs_}
-        for name, runs_ in samples.items()
-    }
+    return _with_medians(samples)
+
+
+def interleave_forks(run: Callable[[str], Sample], candidates: Sequence[str], runs: int) -> dict[str, dict[str, Any]]:
+    """Runs candidates in turn, each run in a fork of this process, which has imported all that they need.
+
+    For imports that take longer than what is measured. See `interleave`, which starts new processes, for the rest.
+    """
+    samples: dict[str, list[Sample]] = {name: [] for name in candidates}
+    for number in range(runs + 1):
+        for name in candidates if number else candidates[:1]:
+            os.sync()
+            sample = in_fork(lambda name=name: run(name))  # type: ignore[misc]
+            if number:
+                samples[name].append(sample)
+    return _with_medians(samples)
+
+
+def in_fork(run: Callable[[], Any]) -> Any:
+    """What a call returns in a fork of this process, where that is JSON.
+
+    Raises:
+        RuntimeError: It failed.
+    """
+    read, write = os.pipe()
+    fork = os.fork()
+    if not fork:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # progress bars
+            os.write(write, json.dumps(run()).encode())
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    os.close(write)
+    with os.fdopen(read) as f:
+        found = f.read()
+    if os.waitpid(fork, 0)[1]:
+        raise RuntimeError("a run failed")
+    return json.loads(found)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -113,6 +152,13 @@ def work_folder(parent: Optional[Path] = None) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _with_medians(samples: Mapping[str, list[Sample]]) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"median": {key: statistics.median(run[key] for run in runs) for key in runs[0]}, "samples": runs}
+        for name, runs in samples.items()
+    }
 
 
 def _anonymous() -> int:

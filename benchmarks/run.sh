@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs all benchmarks one after the other (most of an hour): tables to standard output, samples as JSON to
+# Runs all benchmarks one after the other (more than an hour): tables to standard output, samples as JSON to
 # benchmarks/results/. The machine should have nothing else to do. Arguments: a folder on the disk that is to be measured,
 # and how many gigabytes the checkpoints that go side by side with MindSpore's tools have.
 set -euo pipefail
@@ -27,5 +27,7 @@ run compare compare.py --gigabytes "$gigabytes"
 run compare_tmpfs compare.py --only float16 replicas --against cp --folder /dev/shm # without a disk to wait for
 run merge merge.py --gigabytes "$gigabytes"
 run job job.py --gigabytes "$gigabytes"
+run load load.py --gigabytes "$gigabytes"
+run readers readers.py --gigabytes 0.5 # with fusepy and libfuse also on a disk that is slow to answer
 run limits limits.py
 run plan_scale plan_scale.py

@@ -134,3 +134,11 @@ def test_file_that_became_shorter_is_noticed():
     reader = WireReader(lambda position, length: b"", 10)
     with pytest.raises(WireError, match="unexpected end"):
         next(reader.fields(10))
+
+
+def test_no_number_is_read_beyond_the_end_of_its_message():
+    content = number_field(1, 5) + b"\x07"  # what follows lies in the same window
+    reader = WireReader(lambda position, length: content[position : position + length], 1)
+    _, wire_type = next(reader.fields(reader.end))
+    with pytest.raises(WireError, match="unexpected end"):
+        reader.number(wire_type, INT32)
