@@ -25,7 +25,7 @@ from auto_trans.storage.names import rank_file
 from auto_trans.storage.sources import Checkpoint
 from auto_trans.together import REPORT_NAME
 
-__all__ = ["judge_names", "load_own_file", "load_own_slices", "read_parameters"]
+__all__ = ["judge_names", "load_own_file", "load_own_slices", "read_names", "read_parameters"]
 
 
 def read_parameters(original: Callable[..., Any], config: Any) -> Any:
@@ -48,7 +48,8 @@ def read_parameters(original: Callable[..., Any], config: Any) -> Any:
     job = Job.current()
     if load.is_direct:
         return load_own_slices(job, load, running.network if running is not None else None)
-    files = [rank_file(folder, DEFAULT_PREFIX, job.rank, ".ckpt") for folder in sorted(job.transformed_dir.iterdir())]
+    folders = sorted(folder for folder in job.transformed_dir.iterdir() if folder.is_dir())
+    files = [rank_file(folder, DEFAULT_PREFIX, job.rank, ".ckpt") for folder in folders]
     if load.config.loader == "mindspore":
         _warn_of_memory(files)
         return original(config)
