@@ -14,11 +14,13 @@ Model and dataset are those of the demo, the model larger.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import statistics
 import subprocess
@@ -101,10 +103,12 @@ def start(name: str, folder: Path, model: list[str]) -> dict[str, float]:
     try:
         while not all(_times(logs, _STEP)):
             if job.poll() is not None:
-                raise RuntimeError(f"{name} failed; see {logs}")
+                tails = [log.read_text(errors="replace")[-3000:] for log in sorted(logs.glob("*.log"))]
+                raise RuntimeError(f"{name} failed:\n" + "\n".join(tails))
             time.sleep(0.2)
     finally:
-        os.killpg(job.pid, 9)
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(job.pid, signal.SIGKILL)
         job.wait()
     steps, loads, compiles = ([t for t in _times(logs, what) if t] for what in (_STEP, _LOAD, _COMPILE))
     return {"start": max(steps) - begin, "load": max(compiles) - min(loads)}
