@@ -8,7 +8,7 @@ from builders import hold, plan_of, source_of, strategy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from auto_trans.core.edits import AddLora, Drop, Product, Recipe, Rename, apply_edits
+from auto_trans.core.edits import AddLora, Drop, LeaveOut, Product, Recipe, Rename, apply_edits
 from auto_trans.core.layout import Layout
 from auto_trans.core.planning import make_plan
 from auto_trans.core.strategy import Strategy
@@ -20,6 +20,11 @@ ROWS = Layout((2,), ((0,), ()))
 def test_new_names_stand_for_the_old_ones_and_unknown_names_stay():
     made = Rename((("b", "y"), ("a", "x"), ("c", "not there"))).apply(apply_edits((), ["x", "z", "y"]))
     assert made == {"a": Recipe("x"), "z": Recipe("z"), "b": Recipe("y")} and list(made) == ["a", "z", "b"]
+
+
+def test_only_what_is_named_is_left_out():
+    made = LeaveOut(("a", "not there")).apply(apply_edits((), ["a", "a.b", "b"]))
+    assert made == {"a.b": Recipe("a.b"), "b": Recipe("b")}
 
 
 def test_names_may_be_exchanged():

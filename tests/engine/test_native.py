@@ -67,6 +67,18 @@ def test_plan_with_a_hole_makes_no_file(tmp_path):
     assert not [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
 
 
+def test_less_than_a_tensor_makes_no_file(tmp_path, monkeypatch):
+    """Whatever a reader gives: the digest would vouch for what was written."""
+    from auto_trans.engine.gather import Gatherer
+
+    parts = Gatherer.parts
+    monkeypatch.setattr(Gatherer, "parts", lambda *args: ((box, part[:-1]) for box, part in parts(*args)))
+    conversion = planned(oracle.write_raw(tmp_path / "a.ckpt", EMPTY), tmp_path / "out")
+    with pytest.raises(RuntimeError, match=r"\d+ of the \d+ bytes of a tensor were written to .*checkpoint_0"):
+        conversion.run(quiet=True)
+    assert not list((tmp_path / "out").rglob("checkpoint_0*"))
+
+
 @pytest.fixture
 def conversion(tmp_path):
     """Two ranks that each read both source files."""

@@ -119,6 +119,22 @@ def test_distributed_safetensors_are_checked_and_the_output_kept(job, ranks):
     assert kept(job)
 
 
+@pytest.mark.parametrize("changes", [{"load": "direct"}, {"loader": "mindspore"}, {"unify": True}], ids=str)
+def test_ranks_that_would_load_in_other_ways_do_not_meet(job, ranks, monkeypatch, changes):
+    """They would wait for each other in different places, for hours."""
+    seen, session = set(), Job.session
+
+    def noted(self, purpose, common, timing):
+        seen.add(common)
+        return session(self, purpose, common, timing)
+
+    monkeypatch.setattr(Job, "session", noted)
+    for more in ({}, changes):
+        check_and_empty(job, Load.of(settings(ranks, auto_trans=more)))
+        job.release()
+    assert len(seen) == 2
+
+
 def test_ckpt_job_may_load_an_iteration_of_checkpoint2(job, tmp_path):
     """Its metadata.json is its strategy; a safetensors job is told what to do instead."""
     shutil.copytree(SAVED / "dp2mp2_unique", tmp_path / "saved")
