@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _transform(arguments: argparse.Namespace) -> Path:
-    source, target = as_strategy(arguments.src_strategy), as_strategy(arguments.dst_strategy)
+    source, target = (as_strategy(given or None) for given in (arguments.src_strategy, arguments.dst_strategy))
     if source.is_complete and target.is_complete:
         raise ConfigError("«src_strategy» and «dst_strategy» cannot both be None: there is nothing to convert")
     ranks = _own_ranks(arguments, target)

@@ -68,8 +68,8 @@ def _merge(arguments: argparse.Namespace) -> Path:
     report = merge_lora(
         arguments.src_ckpt_path_or_dir,
         arguments.dst_ckpt_dir,
-        arguments.src_ckpt_strategy,
-        arguments.dst_ckpt_strategy,
+        arguments.src_ckpt_strategy or None,
+        arguments.dst_ckpt_strategy or None,
         scaling=scaling,
         prefix=arguments.prefix,
         format=arguments.save_format,
