@@ -76,7 +76,7 @@ def merge_safetensors(
     file_suffix: Optional[str] = None,
     redundancy_removed: Optional[bool] = None,
     max_shard_size: Union[str, int] = "5GB",
-    filter_out_param_prefix: Sequence[str] = (),
+    filter_out_param_prefix: Union[str, Sequence[str]] = (),
     check_replicas: bool = False,
     processes: int = 1,
     memory_limit: Union[int, str, None] = None,
@@ -95,7 +95,7 @@ def merge_safetensors(
         file_suffix: Of several files in a rank folder the one whose name ends so, e.g. ``1_1``; the latest step by default.
         redundancy_removed: Whether redundancy was removed from the files. What their metadata say wins, with a warning.
         max_shard_size: Largest size of a file; a single larger parameter gets a file of its own.
-        filter_out_param_prefix: Parameters that begin so are left out, e.g. ``adam_``.
+        filter_out_param_prefix: Parameters that begin with this, or with one of these, are left out, e.g. ``adam_``.
         check_replicas: Compare all copies of every slice (reads every file whole).
         processes: Worker processes on this machine.
         memory_limit: Memory that a process may use; 64 MiB by default.
@@ -109,6 +109,7 @@ def merge_safetensors(
         PlanError: Copies of a slice differ.
     """
     source = as_strategy(src_strategy)
+    prefixes = (filter_out_param_prefix,) if isinstance(filter_out_param_prefix, str) else (*filter_out_param_prefix,)
     if source.is_complete and not is_checkpoint2(as_path("«src»", src)):
         raise ConfigError("a merge needs the strategy that the weights were saved under («src_strategy»)")
     request = Request(
@@ -118,7 +119,7 @@ def merge_safetensors(
         Strategy.complete(),
         format="safetensors",
         file_suffix=file_suffix,
-        edits=(Drop((*filter_out_param_prefix, "accu_grads.")),),
+        edits=(Drop((*prefixes, "accu_grads.")),),
         shard_size=parse_shard_size(max_shard_size),
         allowed=Allowed.of(allow_extra, allow_missing),
         processes=processes,
@@ -128,7 +129,7 @@ def merge_safetensors(
     conversion = plan_conversion(request)
     files = (Path(file.path) for file in conversion.plan.source_files if file.contents is None)
     _compare_with_metadata(files, redundancy_removed)
-    _tell_unused(filter_out_param_prefix, conversion.source.names)
+    _tell_unused(prefixes, conversion.source.names)
     target, todo = conversion.target, conversion.todo()
     assert isinstance(target, SafetensorsSet)
     there = {target.name(file.ranks[0], file.part) for file in conversion.files if file not in todo}

@@ -74,7 +74,8 @@ def load_own_slices(
         AutoTransError: The load failed here or on another rank.
     """
     config = load.config
-    common = json.dumps([Path(config.load_checkpoint).name, load.format, config.resume_file, str(load.allowed)])
+    # a resumed training names every rank's own file
+    common = json.dumps([Path(config.load_checkpoint).name, load.format, str(load.allowed)])
     with job.session("load", common, config.timing) as session:
         make_folder(job.transformed_dir)  # MindFormers looks into it
         shared = SharedLoad(

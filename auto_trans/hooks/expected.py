@@ -82,12 +82,6 @@ EXPECTED = (
     Expected(
         "get_load_checkpoint_result", ("config",), Others.NONE, used_in=(_TRAINER_UTILS,), defined_in=(_TRAINER_UTILS,)
     ),
-    # called (hooks/direct.py, hooks/safetensors.py)
-    Expected("_get_origin_network", ("network",), Others.DEFAULTED, used_in=(_SAFETENSORS,)),
-    Expected(
-        "is_hf_safetensors_dir", ("safetensors_dir", "model_cls_or_instance"), Others.DEFAULTED, used_in=(_SAFETENSORS,)
-    ),
-    Expected("update_global_step", ("config", "hyper_param_dict"), Others.DEFAULTED, used_in=(_SAFETENSORS,)),
     # called (hooks/job.py)
     *(
         Expected(name, (), Others.DEFAULTED, used_in=(_TOOLS,))
@@ -121,4 +115,10 @@ EXPECTED = (
             ),
         )
     ),
+    # called (hooks/direct.py, hooks/safetensors.py)
+    Expected("_get_origin_network", ("network",), Others.DEFAULTED, used_in=(_SAFETENSORS,)),
+    Expected(
+        "is_hf_safetensors_dir", ("safetensors_dir", "model_cls_or_instance"), Others.DEFAULTED, used_in=(_SAFETENSORS,)
+    ),
+    Expected("update_global_step", ("config", "hyper_param_dict"), Others.DEFAULTED, used_in=(_SAFETENSORS,)),
 )  # fmt: skip

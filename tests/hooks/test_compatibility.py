@@ -248,6 +248,7 @@ def test_version_of_the_documentation_is_left_alone_and_all_its_differences_are_
     assert path.is_dir(), "run scripts/test.sh, which installs MindFormers 1.3.2 there"
     assert judge(path, "2.7.0").differences == (
         "clear_auto_trans_output in mindformers.tools.utils has no parameter load_checkpoint, src_strategy_path_or_dir",
+        "module mindformers.trainer.utils has no get_load_checkpoint_result",
         "module mindformers.trainer.utils has no load_checkpoint_with_safetensors",
         "module mindformers.utils.load_checkpoint_utils is not there, or its source is not",
     )

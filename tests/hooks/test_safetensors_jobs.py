@@ -111,7 +111,7 @@ def test_complete_weights_are_checked_and_sliced_by_mindformers(llama, stock, tm
 
 def test_every_rank_reads_its_slices_of_weights_with_the_names_of_huggingface(llama, stock, tmp_path, snapshot):
     """By the model's own map; MindFormers itself writes another index beside them."""
-    merge_safetensors(llama.safetensors, tmp_path / "whole", llama.strategy, filter_out_param_prefix="adam_")
+    merge_safetensors(llama.safetensors, tmp_path / "whole", llama.strategy, filter_out_param_prefix=["adam_"])
     (tmp_path / "hf").mkdir()
     files: dict[str, dict[str, np.ndarray]] = {}
     for i, (name, array) in enumerate(load_file(tmp_path / "whole" / "model-00001-of-00001.safetensors").items()):
