@@ -18,7 +18,7 @@ from auto_trans.coordination.barrier import Heartbeat
 from auto_trans.coordination.election import LEADER
 from auto_trans.coordination.session import Session
 from auto_trans.core.consistency import Network, check_known
-from auto_trans.core.edits import Edit, LeaveOut, Rename
+from auto_trans.core.edits import LeaveOut, Rename
 from auto_trans.core.plan import TensorPlan
 from auto_trans.core.rules import NOTHING, Allowed, some
 from auto_trans.core.strategy import Strategy, describe_difference, same_slices
@@ -72,13 +72,15 @@ class _Chosen:
     checkpoint: Checkpoint
     from_strategy: Strategy
     to_strategy: Strategy
-    edits: tuple[Edit, ...]
+    names: tuple[tuple[str, str], ...] = ()
+    left_out: tuple[str, ...] = ()
     states: Optional[Mapping[Path, FileState]] = None
     holders: Optional[Mapping[str, int]] = None
 
     def planned(self, ranks: Sequence[int], allowed: Allowed) -> Planned:
         return Planned(
-            self.checkpoint, self.from_strategy, self.to_strategy, ranks, edits=self.edits, allowed=allowed,
+            self.checkpoint, self.from_strategy, self.to_strategy, ranks,
+            edits=(Rename(self.names), LeaveOut(self.left_out)), allowed=allowed,
             states=self.states, holders=self.holders,
         )  # fmt: skip
 
@@ -125,8 +127,8 @@ def _lead(session: Session, shared: SharedLoad) -> list[_Chosen]:
     found = []
     for checkpoint in find_sources(shared.src, source, shared.resume_file):
         names = shared.read_names(checkpoint)
-        edits = _edits(tuple(names.items()), _unknown(names, target, shared.network, checkpoint))
-        chosen = _Chosen(checkpoint, checkpoint.strategy(source), target, edits)
+        left_out = _unknown(names, target, shared.network, checkpoint)
+        chosen = _Chosen(checkpoint, checkpoint.strategy(source), target, tuple(names.items()), left_out)
         planned = chosen.planned(first_ranks, shared.allowed)
         planned.check_heads()
         planned.check_whole()
@@ -154,10 +156,6 @@ def _unknown(
             some([names[name] for name in unknown], 5),
         )
     return unknown
-
-
-def _edits(names: Sequence[tuple[str, str]], left_out: Sequence[str]) -> tuple[Edit, ...]:
-    return (*([Rename(tuple(names))] if names else []), *([LeaveOut(tuple(left_out))] if left_out else []))
 
 
 def _load(
@@ -223,8 +221,8 @@ def _to_json(chosen: Sequence[_Chosen]) -> dict[str, Any]:
             {
                 **one.checkpoint.as_json(),
                 "from_strategy": one.from_strategy.as_json(),
-                "names": [pair for edit in one.edits if isinstance(edit, Rename) for pair in edit.names],
-                "left_out": [name for edit in one.edits if isinstance(edit, LeaveOut) for name in edit.names],
+                "names": one.names,
+                "left_out": one.left_out,
                 "states": {str(path): state for path, state in (one.states or {}).items()},
                 "holders": _runs(one.holders or {}),
             }
@@ -245,7 +243,8 @@ def _from_json(content: Mapping[str, Any]) -> list[_Chosen]:
             Checkpoint.from_json(one),
             Strategy.from_json(one["from_strategy"]),
             target,
-            _edits([(name, old) for name, old in one["names"]], one["left_out"]),
+            tuple((name, old) for name, old in one["names"]),
+            tuple(one["left_out"]),
             {Path(path): FileState(*state) for path, state in one["states"].items()},
             {name: rank for rank, names in one["holders"] for name in names},
         )
